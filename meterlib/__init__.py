@@ -1,0 +1,58 @@
+"""Rate limits, token budgets and an exact billing ledger for LLM gateways, decided atomically in Redis or Valkey."""
+
+from meterlib.core.decisions import Denial, LimitState
+from meterlib.core.ledger import LedgerEntry
+from meterlib.core.policy import Limit, Policy, Tenant
+from meterlib.core.usage import CacheCreation, Iteration, OutputTokensDetails, ServerToolUse, Usage
+from meterlib.errors import (
+    EmbeddedError,
+    InvalidInput,
+    MeterError,
+    PolicyError,
+    QuotaExceeded,
+    ReservationConflict,
+    ReservationEnded,
+    ReservationNotFound,
+    StoreCorrupt,
+    StoreError,
+    StoreRefused,
+    StoreUnavailable,
+    UsageError,
+)
+from meterlib.meter import AsyncMeter, AsyncReservation, Meter, Reservation
+from meterlib.store.drivers import StoreOptions
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AsyncMeter",
+    "AsyncReservation",
+    "CacheCreation",
+    "Denial",
+    "EmbeddedError",
+    "InvalidInput",
+    "Iteration",
+    "LedgerEntry",
+    "Limit",
+    "LimitState",
+    "Meter",
+    "MeterError",
+    "OutputTokensDetails",
+    "Policy",
+    "PolicyError",
+    "QuotaExceeded",
+    "Reservation",
+    "ReservationConflict",
+    "ReservationEnded",
+    "ReservationNotFound",
+    "ServerToolUse",
+    "StoreCorrupt",
+    "StoreError",
+    "StoreOptions",
+    "StoreRefused",
+    "StoreUnavailable",
+    "Tenant",
+    "Usage",
+    "UsageError",
+    "__version__",
+]

@@ -1,0 +1,1 @@
+"""What stands between a Claude API client and the provider."""

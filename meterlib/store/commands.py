@@ -1,0 +1,61 @@
+"""What flows ask of a store, and how a flow is typed."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+from meterlib.core.operations import Operation
+
+T = TypeVar("T")
+
+
+class Call(NamedTuple):
+    """Run one operation of a script on one shard; answered by a Reply. `sweep_max` takes the place of the store's."""
+
+    script: str
+    shard: int
+    operation: Operation
+    sweep_max: int | None = None
+
+
+class ReadLedger(NamedTuple):
+    """Entries of a shard behind number `after`, at most `count`; answered by a list of (n, fields)."""
+
+    shard: int
+    after: int
+    count: int
+
+
+class ReadHead(NamedTuple):
+    """How a shard stands as a whole; answered by a ShardHead."""
+
+    shard: int
+
+
+class ReadOwners(NamedTuple):
+    """Whose open reservations of a shard have this id; answered by a list of record fields."""
+
+    shard: int
+    reservation_id: str
+
+
+class ShardHead(NamedTuple):
+    """A shard's own numbers.
+
+    `last_number` is the state's word for the last ledger entry and `ledger_last` the ledger's own; they differ if one of
+    them was tampered with or lost its tail.
+    """
+
+    epoch: str
+    clock_ms: int
+    last_number: int
+    ledger_first: int
+    ledger_last: int
+    ledger_length: int
+    open_reservations: int
+
+
+Command: TypeAlias = Call | ReadLedger | ReadHead | ReadOwners
+Flow: TypeAlias = Generator[Command, Any, T]
+"""A verb written once: yields commands, is sent their answers (or has StoreErrors thrown in), returns its result."""

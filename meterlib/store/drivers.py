@@ -1,0 +1,353 @@
+"""Drivers run flows: against redis-py (sync and async, the same but for `await`), or against the pure twin in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+from redis.exceptions import NoScriptError, RedisError
+
+from meterlib.core import rules
+from meterlib.core.operations import Argument, Reply
+from meterlib.errors import MeterError, StoreCorrupt, StoreUnavailable
+from meterlib.store.commands import Call, Command, Flow, ReadHead, ReadLedger, ReadOwners, ShardHead
+from meterlib.store.faults import Attempts
+from meterlib.store.keys import layout, shard_keys
+from meterlib.store.scripts import Script, script
+
+T = TypeVar("T")
+
+
+class StoreOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a store is used; the same for everybody who shares it.
+
+    Attributes:
+        shards: how many ledgers and groups of keys; chosen once for a store.
+        prefix: what all keys begin with.
+        retention_ms: how long the ids of ended reservations are remembered.
+        sweep_max: how many overdue reservations a call expires in passing.
+        timeout_ms: how long one try waits for the server.
+        deadline_ms: how long a call tries altogether.
+        connections_max: how many connections a meter opens at most; further calls wait for one.
+    """
+
+    shards: int = 16
+    prefix: str = "meterlib"
+    retention_ms: int = 24 * 3_600_000
+    sweep_max: int = 2
+    timeout_ms: int = 1000
+    deadline_ms: int = 5000
+    connections_max: int = 64
+
+
+class Clock(Protocol):
+    """A test's clock: the time is what it says, and not the server's."""
+
+    @property
+    def now_ms(self) -> int: ...
+
+
+class _Calls:
+    """What both redis drivers send and how they read the answers."""
+
+    def __init__(self, options: StoreOptions, clock: Clock | None, *, plain: bool) -> None:
+        self.options = options
+        self._clock = clock
+        self._plain = plain
+        self._keys = [shard_keys(options.prefix, shard) for shard in range(options.shards)]
+        self._layout = layout(options.shards)
+        self._scripts: dict[str, tuple[Script, str, str]] = {}
+
+    def script(self, name: str) -> tuple[Script, str, str]:
+        found = self._scripts.get(name)
+        if found is None:
+            made = script(name)
+            text, sha = (made.plain_text, made.plain_sha) if self._plain else (made.text, made.sha)
+            found = self._scripts[name] = (made, text, sha)
+        return found
+
+    def arguments(self, shard: int, operations: Sequence[Any], sweep_max: int | None = None) -> list[Argument]:
+        now_ms = self._clock.now_ms if self._clock else 0
+        most = self.options.sweep_max if sweep_max is None else sweep_max
+        keys = self._keys[shard]
+        flat: list[Argument] = [len(keys), *keys, self._layout, now_ms, most, self.options.retention_ms]
+        for operation in operations:
+            flat += operation.arguments()
+        return flat
+
+    def checked(self, name: str, count: int, replies: object) -> list[Reply]:
+        if type(replies) is list and len(replies) == count and all(type(reply) is list for reply in replies):
+            return replies
+        raise StoreUnavailable(name, f"an answer that is none: {replies!r:.80}")
+
+    def ledger_page(self, command: ReadLedger) -> tuple[Argument, ...]:
+        return ("XRANGE", self._keys[command.shard][3], f"{command.after + 1}-0", "+", "COUNT", command.count)
+
+    def owners_page(self, command: ReadOwners, cursor: Argument) -> tuple[Argument, ...]:
+        leases = self._keys[command.shard][1]
+        return ("ZSCAN", leases, cursor, "MATCH", f"r/*/{command.reservation_id}", "COUNT", 1000)
+
+    def head_commands(self, shard: int) -> tuple[tuple[Argument, ...], ...]:
+        state, leases, _, ledger = self._keys[shard]
+        return (
+            ("HGET", state, "head"),
+            ("XRANGE", ledger, "-", "+", "COUNT", 1),
+            ("XREVRANGE", ledger, "+", "-", "COUNT", 1),
+            ("XLEN", ledger),
+            ("ZCARD", leases),
+        )
+
+
+class SyncDriver:
+    """Runs flows against a redis-py client."""
+
+    def __init__(self, client: Any, options: StoreOptions, clock: Clock | None = None, *, plain: bool = False) -> None:
+        self.client = client
+        self.options = options
+        self._calls = _Calls(options, clock, plain=plain)
+        self.recover: Callable[[], None] | None = None
+
+    def run(self, flow: Flow[T]) -> T:
+        """Run a flow to its result; failures are thrown into it."""
+        try:
+            command = next(flow)
+            while True:
+                try:
+                    answer = self.execute(command)
+                except MeterError as error:
+                    command = flow.throw(error)
+                else:
+                    command = flow.send(answer)
+        except StopIteration as done:
+            result: T = done.value
+            return result
+
+    def execute(self, command: Command) -> Any:
+        if isinstance(command, Call):
+            return self.call(command.script, command.shard, (command.operation,), command.sweep_max)[0]
+        if isinstance(command, ReadLedger):
+            return entries_of(self._retrying("ledger", *self._calls.ledger_page(command)))
+        if isinstance(command, ReadOwners):
+            owners: list[str] = []
+            cursor: Argument = 0
+            while True:
+                cursor, page = self._retrying("owners", *self._calls.owners_page(command, cursor))
+                owners += [member[0].decode() for member in page]
+                if int(cursor) == 0:
+                    return owners
+        return head_of(*[self._retrying("head", *words) for words in self._calls.head_commands(command.shard)])
+
+    def call(self, name: str, shard: int, operations: Sequence[Any], sweep_max: int | None = None) -> list[Reply]:
+        """Run a batch of operations of one script on one shard, in one call."""
+        _, text, sha = self._calls.script(name)
+        arguments = self._calls.arguments(shard, operations, sweep_max)
+        attempts: Attempts | None = None
+        while True:
+            try:
+                try:
+                    replies = self.client.execute_command("EVALSHA", sha, *arguments, NEVER_DECODE=True)
+                except NoScriptError:
+                    replies = self.client.execute_command("EVAL", text, *arguments, NEVER_DECODE=True)
+                return self._calls.checked(name, len(operations), replies)
+            except (RedisError, OSError) as error:
+                attempts = attempts or Attempts(name, self.options.deadline_ms)
+                self._pause(attempts.pause_s(error))
+
+    def _retrying(self, name: str, *words: Argument) -> Any:
+        attempts = Attempts(name, self.options.deadline_ms)
+        while True:
+            try:
+                return self.client.execute_command(*words, NEVER_DECODE=True)
+            except (RedisError, OSError) as error:
+                self._pause(attempts.pause_s(error))
+
+    def _pause(self, seconds: float) -> None:
+        if self.recover:
+            self.recover()
+        time.sleep(seconds)
+
+    def close(self) -> None:
+        self.client.close()
+
+
+class AsyncDriver:
+    """Runs flows against a redis.asyncio client."""
+
+    def __init__(self, client: Any, options: StoreOptions, clock: Clock | None = None, *, plain: bool = False) -> None:
+        self.client = client
+        self.options = options
+        self._calls = _Calls(options, clock, plain=plain)
+        self.recover: Callable[[], None] | None = None
+
+    async def run(self, flow: Flow[T]) -> T:
+        """Run a flow to its result; failures are thrown into it."""
+        try:
+            command = next(flow)
+            while True:
+                try:
+                    answer = await self.execute(command)
+                except MeterError as error:
+                    command = flow.throw(error)
+                else:
+                    command = flow.send(answer)
+        except StopIteration as done:
+            result: T = done.value
+            return result
+
+    async def execute(self, command: Command) -> Any:
+        if isinstance(command, Call):
+            return (await self.call(command.script, command.shard, (command.operation,), command.sweep_max))[0]
+        if isinstance(command, ReadLedger):
+            return entries_of(await self._retrying("ledger", *self._calls.ledger_page(command)))
+        if isinstance(command, ReadOwners):
+            owners: list[str] = []
+            cursor: Argument = 0
+            while True:
+                cursor, page = await self._retrying("owners", *self._calls.owners_page(command, cursor))
+                owners += [member[0].decode() for member in page]
+                if int(cursor) == 0:
+                    return owners
+        return head_of(*[await self._retrying("head", *words) for words in self._calls.head_commands(command.shard)])
+
+    async def call(self, name: str, shard: int, operations: Sequence[Any], sweep_max: int | None = None) -> list[Reply]:
+        """Run a batch of operations of one script on one shard, in one call."""
+        _, text, sha = self._calls.script(name)
+        arguments = self._calls.arguments(shard, operations, sweep_max)
+        attempts: Attempts | None = None
+        while True:
+            try:
+                try:
+                    replies = await self.client.execute_command("EVALSHA", sha, *arguments, NEVER_DECODE=True)
+                except NoScriptError:
+                    replies = await self.client.execute_command("EVAL", text, *arguments, NEVER_DECODE=True)
+                return self._calls.checked(name, len(operations), replies)
+            except (RedisError, OSError) as error:
+                attempts = attempts or Attempts(name, self.options.deadline_ms)
+                await self._pause(attempts.pause_s(error))
+
+    async def _retrying(self, name: str, *words: Argument) -> Any:
+        attempts = Attempts(name, self.options.deadline_ms)
+        while True:
+            try:
+                return await self.client.execute_command(*words, NEVER_DECODE=True)
+            except (RedisError, OSError) as error:
+                await self._pause(attempts.pause_s(error))
+
+    async def _pause(self, seconds: float) -> None:
+        if self.recover:
+            await asyncio.to_thread(self.recover)
+        await asyncio.sleep(seconds)
+
+    async def aclose(self) -> None:
+        await self.client.aclose()
+
+
+class MemoryStore:
+    """All shards of a `memory://` store; meters of one process that share it see the same limits and ledger."""
+
+    def __init__(self, options: StoreOptions) -> None:
+        self.options = options
+        self.shards = [rules.Shard() for _ in range(options.shards)]
+        self.lock = threading.Lock()
+
+
+class MemoryDriver:
+    """Runs flows against the pure twin; the async driver of memory differs by `async` only."""
+
+    def __init__(self, store: MemoryStore, clock: Clock | None = None) -> None:
+        self.store = store
+        self.options = store.options
+        self._clock = clock
+        self._layout = layout(store.options.shards)
+
+    def run(self, flow: Flow[T]) -> T:
+        """Run a flow to its result; failures are thrown into it."""
+        try:
+            command = next(flow)
+            while True:
+                try:
+                    answer = self.execute(command)
+                except MeterError as error:
+                    command = flow.throw(error)
+                else:
+                    command = flow.send(answer)
+        except StopIteration as done:
+            result: T = done.value
+            return result
+
+    def execute(self, command: Command) -> Any:
+        if isinstance(command, Call):
+            return self._call(command.script, command.shard, (command.operation,), command.sweep_max)[0]
+        shard = self.store.shards[command.shard]
+        with self.store.lock:
+            if isinstance(command, ReadHead):
+                numbers = [entry["n"] for entry in shard.ledger] or [0]
+                return ShardHead(
+                    f"{shard.epoch:013d}" if shard.layout else "",
+                    shard.clock_ms,
+                    shard.number,
+                    numbers[0],
+                    numbers[-1],
+                    len(shard.ledger),
+                    len(shard.leases),
+                )
+            if isinstance(command, ReadOwners):
+                return [field for _, field in shard.leases if field.endswith(f"/{command.reservation_id}")]
+            page = [entry for entry in shard.ledger if entry["n"] > command.after][: command.count]
+            return [(entry["n"], stored_fields(entry)) for entry in page]
+
+    def call(self, name: str, shard: int, operations: Sequence[Any], sweep_max: int | None = None) -> list[Reply]:
+        """Run a batch of operations of one rule on one shard, in one call."""
+        return self._call(name, shard, operations, sweep_max)
+
+    def _call(self, name: str, shard: int, operations: Sequence[Any], sweep_max: int | None = None) -> list[Reply]:
+        server_ms = self._clock.now_ms if self._clock else time.time_ns() // 1_000_000
+        most = self.options.sweep_max if sweep_max is None else sweep_max
+        with self.store.lock:
+            try:
+                work = rules.Work(self.store.shards[shard], server_ms, self._layout, most, self.options.retention_ms)
+            except rules.LayoutMismatch as error:
+                raise StoreCorrupt(str(error)) from None
+            return rules.run(name, work, operations)
+
+    def close(self) -> None:
+        """Nothing to close: the store is its owner's."""
+
+
+class AsyncMemoryDriver(MemoryDriver):
+    """The memory driver behind an async face."""
+
+    async def run(self, flow: Flow[T]) -> T:  # type: ignore[override]
+        return MemoryDriver.run(self, flow)
+
+    async def call(  # type: ignore[override]
+        self, name: str, shard: int, operations: Sequence[Any], sweep_max: int | None = None
+    ) -> list[Reply]:
+        return self._call(name, shard, operations, sweep_max)
+
+    async def aclose(self) -> None:
+        """Nothing to close: the store is its owner's."""
+
+
+def stored_fields(entry: dict[str, Any]) -> dict[bytes, bytes]:
+    """An entry of the twin as the store would hold it."""
+    words = {name: value for name, value in entry.items() if name != "n"} | {"epoch": f"{entry['epoch']:013d}"}
+    return {name.encode(): value if isinstance(value, bytes) else str(value).encode() for name, value in words.items()}
+
+
+def entries_of(page: Any) -> list[tuple[int, dict[bytes, bytes]]]:
+    """The entries of an XRANGE answer, as redis-py hands them over."""
+    return [(int(stream_id.partition(b"-")[0]), fields) for stream_id, fields in page or ()]
+
+
+def head_of(head: bytes | None, first: Any, last: Any, length: int, open_reservations: int) -> ShardHead:
+    """A shard's own numbers, from the answers to `head_commands`."""
+    epoch, clock_ms, number = "", 0, 0
+    if head:
+        clock_ms, number, epoch = int(head[:13]), int(head[26:42]), head[42:55].decode()
+    ends = [int(page[0][0].partition(b"-")[0]) if page else 0 for page in (first, last)]
+    return ShardHead(epoch, clock_ms, number, *ends, length, open_reservations)

@@ -1,0 +1,88 @@
+"""What a failure of the store means: try again within the deadline, or which error the caller gets."""
+
+from __future__ import annotations
+
+import random
+import time
+
+from redis import exceptions
+
+from meterlib.errors import MeterError, StoreCorrupt, StoreError, StoreRefused, StoreUnavailable
+
+_PASSING = ("TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN", "LOADING", "BUSY ", "READONLY", "UNBLOCKED")
+_REFUSALS = {
+    "OOM": "it is out of memory (maxmemory reached)",
+    "MISCONF": "it cannot persist to disk",
+    "NOREPLICAS": "too few replicas are in reach (min-replicas-to-write)",
+    "NOPERM": "its user lacks a permission",
+    "NOAUTH": "it wants a password",
+    "WRONGPASS": "the password is wrong",
+}
+FIRST_WAIT_S = 0.005
+LONGEST_WAIT_S = 0.25
+
+
+class Attempts:
+    """The tries of one call within one deadline.
+
+    Each try carries the same operations, which are idempotent under their ids, so repeating one that was executed is
+    harmless.
+    """
+
+    def __init__(self, operation: str, deadline_ms: int) -> None:
+        self._operation = operation
+        self._ends_at_s = time.monotonic() + deadline_ms / 1000
+        self._wait_s = FIRST_WAIT_S
+
+    def pause_s(self, error: Exception) -> float:
+        """How long to wait before the next try; raises what the caller gets if there is to be none."""
+        final = verdict(self._operation, error)
+        if final is not None:
+            raise final from error
+        wait_s = self._wait_s * (0.5 + random.random() / 2)
+        if time.monotonic() + wait_s >= self._ends_at_s:
+            raise StoreUnavailable(self._operation, _short(error)) from error
+        self._wait_s = min(LONGEST_WAIT_S, self._wait_s * 2)
+        return wait_s
+
+
+def verdict(operation: str, error: Exception) -> MeterError | None:
+    """The error a failure amounts to; None if it passes and the call is worth repeating."""
+    text = str(error)
+    if isinstance(error, StoreError):
+        return error
+    if isinstance(error, (exceptions.AuthenticationError, exceptions.NoPermissionError)):
+        return StoreRefused(operation, f"it refused our credentials or lacks a permission ({_short(error)})")
+    if isinstance(error, exceptions.ReadOnlyError | exceptions.TryAgainError):
+        return None
+    if isinstance(error, exceptions.ResponseError):
+        for word, meaning in _REFUSALS.items():
+            if text.startswith(word) or f" {word} " in text[:200]:
+                return StoreRefused(operation, meaning)
+        if any(text.startswith(word) for word in _PASSING):
+            return None
+        return corrupt(operation, text)
+    if isinstance(error, exceptions.RedisError | OSError):
+        return None  # connection lost, time-out, failover under way: the outcome is unknown
+    return None
+
+
+def corrupt(operation: str, text: str) -> MeterError:
+    """The error for a reply that says the store's data are not what meterlib wrote."""
+    if "METERLIB_LAYOUT" in text:
+        return StoreCorrupt(
+            f"{operation}: {text.partition('METERLIB_LAYOUT ')[2]}; the number of shards is chosen once:"
+            " set [store] shards to the store's, or use another prefix"
+        )
+    if "METERLIB_LEDGER" in text:
+        return StoreCorrupt(
+            f"{operation}: {text.partition('METERLIB_LEDGER ')[2]}, so the state was lost or replaced while the ledger"
+            " was kept; nothing was written. Restore both from one backup, or use another prefix"
+        )
+    if "WRONGTYPE" in text:
+        return StoreCorrupt(f"{operation}: a key of this prefix holds a foreign type; nothing was written ({text[:200]})")
+    return StoreRefused(operation, text[:300])
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:200]

@@ -1,0 +1,576 @@
+"""The verbs, each written once: a flow yields commands, reads the answers and returns a record or raises."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import msgspec
+
+from meterlib.core.checks import (
+    LEASE_MS_MAX,
+    check_attributes,
+    check_count,
+    check_id,
+    check_lease_ms,
+    check_tenant,
+    check_text,
+)
+from meterlib.core.decisions import LimitState, quota_exceeded, states_of
+from meterlib.core.ledger import (
+    CallFacts,
+    LedgerEntry,
+    Outcome,
+    Quality,
+    Settlement,
+    counts_of,
+    decode_call_facts,
+    decode_counts,
+    digest_of,
+    encode,
+    entry_of,
+)
+from meterlib.core.operations import (
+    Cancel,
+    Find,
+    LimitArguments,
+    Peek,
+    PeekLimit,
+    Record,
+    Reply,
+    Reserve,
+    Revise,
+    Settle,
+    Sweep,
+)
+from meterlib.core.policy import BoundLimit, CompiledPolicy, Funding, Policy, reservation_field
+from meterlib.core.usage import Usage, amount_of, amounts_of
+from meterlib.errors import (
+    InvalidInput,
+    PolicyError,
+    ReservationConflict,
+    ReservationEnded,
+    ReservationNotFound,
+    StoreUnavailable,
+)
+from meterlib.store.commands import Call, Flow, ReadHead, ReadLedger, ReadOwners, ShardHead
+from meterlib.store.drivers import Clock, StoreOptions
+from meterlib.store.keys import shard_of
+
+LEASE_MS = 600_000
+SWEEP_PIECE = 100
+_STALE_TRIES = 4
+_FACTS_MAX = 20
+
+
+class Granted(msgspec.Struct, kw_only=True):
+    """What a reservation remembers on the caller's side.
+
+    Attributes:
+        tenant: whose it is.
+        id: its id.
+        attributes: other facts of the call.
+        funding: who pays the provider.
+        estimate: what is held.
+        reserved_at_ms: when it was made, by the store's clock.
+        expires_at_ms: when its lease ends unless renewed.
+        limits: every limit it touches, as it stood right after the hold was taken.
+        metered: False when the store was down and the policy lets calls pass: no limit was asked.
+    """
+
+    tenant: str
+    id: str
+    attributes: Mapping[str, str]
+    funding: Funding
+    estimate: Usage
+    reserved_at_ms: int
+    expires_at_ms: int
+    limits: tuple[LimitState, ...]
+    metered: bool = True
+    
+
+class Found(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a reservation stands: `open`, or how it ended; times in ms since 1970 UTC."""
+
+    id: str
+    status: str
+    reserved_at_ms: int
+    expires_at_ms: int | None = None
+    n: int | None = None
+    booked_at_ms: int | None = None
+
+
+class Swept(msgspec.Struct, kw_only=True):
+    """What a sweep did."""
+
+    expired: int = 0
+    windows_dropped: int = 0
+    overdue: int = 0
+
+
+class Context:
+    """What all flows of a meter share: policy, layout, and how far the caller's clock is off the store's."""
+
+    def __init__(
+        self, policy: Policy, options: StoreOptions, clock: Clock | None, when_down: Literal["deny", "allow"]
+    ) -> None:
+        self.options = options
+        self.clock = clock
+        self.when_down = when_down
+        self._offset_ms = 0
+        self.policy = policy
+
+    @property
+    def policy(self) -> Policy:
+        """The limits in force; set it to change them for all calls from then on."""
+        return self.compiled.policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        for at, limit in enumerate(policy.limits):
+            if limit.shared and self.options.shards != 1:
+                problem = "a limit that all tenants share needs a store with one shard ([store] shards = 1)"
+                raise PolicyError(f"limit[{at}].shared", problem)
+        self.compiled = CompiledPolicy(policy)
+
+    def now_ms(self) -> int:
+        """About the store's time; only used to tell which calendar period it is."""
+        return self.clock.now_ms if self.clock else time.time_ns() // 1_000_000 + self._offset_ms
+
+    def learn(self, store_now_ms: int) -> None:
+        """The store said what time it is, since ours was wrong about a period."""
+        self._offset_ms += store_now_ms - self.now_ms()
+
+    def shard_of(self, tenant: str) -> int:
+        return shard_of(tenant, self.options.shards)
+
+
+def new_id() -> str:
+    """128 random bits: nobody else's, and not to be guessed."""
+    return os.urandom(16).hex()
+
+
+def reserve(
+    context: Context,
+    tenant: str,
+    attributes: Mapping[str, str],
+    usage: Usage,
+    reservation_id: str | None = None,
+    lease_ms: int = LEASE_MS,
+    funding: Funding | None = None,
+) -> Flow[Granted]:
+    """Hold an estimate on every limit that the call touches, or on none; see `Meter.reserve`."""
+    check_tenant(tenant)
+    check_attributes(attributes)
+    _check_usage(usage)
+    check_lease_ms(lease_ms)
+    taken_id = new_id() if reservation_id is None else check_id(reservation_id)
+    compiled = context.compiled
+    funding = funding or compiled.funding_of(tenant)
+    bound = compiled.limits_of(tenant, attributes)
+    call_facts = encode(CallFacts(tenant=tenant, attributes=attributes, funding=funding))
+    estimate = encode(usage)
+    digest = digest_of(call_facts, estimate)
+    field = reservation_field(tenant, taken_id)
+
+    def operation() -> Reserve:
+        return Reserve(field, digest, call_facts, estimate, lease_ms, _arguments(context, bound, usage))
+
+    made: Reserve | None = None
+    try:
+        for _ in range(_STALE_TRIES):
+            made = operation()
+            reply: Reply = yield Call("reserve", context.shard_of(tenant), made)
+            if not _stale(context, reply):
+                break
+        else:
+            raise StoreUnavailable("reserve", "its clock runs away")
+    except StoreUnavailable:
+        if context.when_down == "deny":
+            raise
+        return _unmetered(tenant, taken_id, attributes, funding, usage, lease_ms)
+    status = _status(reply)
+    if status == "denied":
+        raise quota_exceeded(tenant, bound, made.limits, reply)
+    if status == "ended":
+        raise ReservationEnded(taken_id, _text(reply[2]))
+    if status == "conflict":
+        stored = f"{_text(reply[2])} {_text(reply[3])}"
+        given = f"{call_facts.decode()} {estimate.decode()}"
+        raise ReservationConflict(f"reservation {taken_id!r} is open with another payload", taken_id, stored, given)
+    return Granted(
+        tenant=tenant,
+        id=taken_id,
+        attributes=attributes,
+        funding=funding,
+        estimate=usage,
+        reserved_at_ms=int(reply[2]),
+        expires_at_ms=int(reply[3]),
+        limits=states_of(bound, reply, 4),
+    )
+
+
+def _unmetered(
+    tenant: str, taken_id: str, attributes: Mapping[str, str], funding: Funding, usage: Usage, lease_ms: int
+) -> Granted:
+    """The policy lets calls pass while the store is down; their usage is booked when it is settled."""
+    now_ms = time.time_ns() // 1_000_000
+    return Granted(
+        tenant=tenant,
+        id=taken_id,
+        attributes=attributes,
+        funding=funding,
+        estimate=usage,
+        reserved_at_ms=now_ms,
+        expires_at_ms=now_ms + lease_ms,
+        limits=(),
+        metered=False,
+    )
+
+
+def revise(
+    context: Context, tenant: str, reservation_id: str, usage: Usage | None, lease_ms: int = 0, revision: int = 0
+) -> Flow[int]:
+    """Hold a better estimate, or prolong the lease; returns when the lease ends, in ms since 1970 UTC.
+
+    See `Meter.revise` and `Meter.renew`.
+    """
+    check_tenant(tenant)
+    check_id(reservation_id)
+    if lease_ms:
+        check_lease_ms(lease_ms)
+    amounts: tuple[tuple[str, int], ...] = ()
+    if usage is not None:
+        _check_usage(usage)
+        amounts = amounts_of(usage, context.compiled.units)
+    operation = Revise(
+        reservation_field(tenant, reservation_id),
+        revision,
+        lease_ms,
+        LEASE_MS_MAX,
+        b"" if usage is None else encode(usage),
+        amounts,
+    )
+    reply: Reply = yield Call("revise", context.shard_of(tenant), operation)
+    status = _status(reply)
+    if status == "absent":
+        raise ReservationNotFound(reservation_id)
+    if status == "ended":
+        raise ReservationEnded(reservation_id, _text(reply[2]))
+    return int(reply[3])
+
+
+def settle(context: Context, settlement: Settlement) -> Flow[LedgerEntry]:
+    """Replace the hold by what was used and book it; see `Meter.settle`."""
+    tenant, reservation_id, usage = settlement.tenant, settlement.reservation_id, settlement.usage
+    check_tenant(tenant)
+    check_id(reservation_id)
+    outcome = _outcome_of(settlement)
+    call_facts = settlement.call_facts
+    if call_facts is not None:
+        check_attributes(call_facts.attributes)
+    shard = context.shard_of(tenant)
+    blob = encode(outcome)
+    operation = Settle(
+        reservation_field(tenant, reservation_id),
+        digest_of(blob),
+        blob,
+        b"",
+        "ask",
+        "no" if call_facts else "yes",
+        amounts_of(usage, context.compiled.units),
+        (),
+    )
+    reply: Reply = yield Call("settle", shard, operation)
+    if _status(reply) == "unknown":
+        yield from _refuse_foreign(context, tenant, reservation_id)
+        made_by = call_facts or CallFacts(tenant=tenant, funding=context.compiled.funding_of(tenant))
+        bound = context.compiled.limits_of(tenant, made_by.attributes) if call_facts else ()
+        for _ in range(_STALE_TRIES):
+            limits = _arguments(context, bound, usage)
+            charged = operation._replace(call_facts=encode(made_by), if_unknown="write", limits=limits)
+            reply = yield Call("settle", shard, charged)
+            if not _stale(context, reply):
+                break
+        else:
+            raise StoreUnavailable("settle", "its clock runs away")
+    if _status(reply) == "conflict":
+        stored = _text(reply[3]) or "an entry that is no longer in the ledger"
+        message = f"reservation {reservation_id!r} was {_text(reply[2])} with another usage"
+        raise ReservationConflict(message, reservation_id, stored, blob.decode())
+    return _booked(shard, settlement, outcome, reply)
+
+
+def unbooked(context: Context, settlement: Settlement) -> LedgerEntry:
+    """The entry of a settlement that waits in the journal; it has no number yet."""
+    reply: Reply = ["settled", 0, "settled", 0, 0, 0, ""]
+    return _booked(context.shard_of(settlement.tenant), settlement, _outcome_of(settlement), reply)
+
+
+def _outcome_of(settlement: Settlement) -> Outcome:
+    _check_usage(settlement.usage)
+    return _outcome(settlement.usage, settlement.quality, settlement.facts)
+
+
+def _refuse_foreign(context: Context, tenant: str, reservation_id: str) -> Flow[None]:
+    """Usage of a reservation nobody knows is booked; but not where the id is open for another tenant, by mistake.
+
+    Tenants live in different shards, so this asks each of them: only ever for a settle whose reservation is not found.
+    """
+    for shard in range(context.options.shards):
+        owners: Sequence[str] = yield ReadOwners(shard, reservation_id)
+        if owners:
+            raise ReservationConflict(
+                f"reservation {reservation_id!r} is not {tenant!r}'s; nothing was written"
+                " (if the usage is this tenant's all the same, book it with record())",
+                reservation_id,
+            )
+
+
+def _booked(shard: int, settlement: Settlement, outcome: Outcome, reply: Reply) -> LedgerEntry:
+    _, _, kind, n, reserved_at, booked_at, after, *echo = reply
+    made_by, estimate = settlement.call_facts, b""
+    if echo and echo[0]:
+        made_by, estimate = decode_call_facts(_bytes(echo[0])), _bytes(echo[1])
+    made_by = made_by or CallFacts(tenant=settlement.tenant)
+    return LedgerEntry(
+        shard=shard,
+        n=int(n),
+        kind=_text(kind),  # type: ignore[arg-type]
+        after=_text(after),
+        reservation_id=settlement.reservation_id,
+        tenant=settlement.tenant,
+        attributes=made_by.attributes,
+        funding=made_by.funding,
+        usage=outcome.usage,
+        estimate=decode_counts(estimate),
+        quality=outcome.quality,
+        facts=outcome.facts,
+        reserved_at=int(reserved_at),
+        booked_at=int(booked_at),
+    )
+
+
+def cancel(context: Context, tenant: str, reservation_id: str) -> Flow[None]:
+    """Free the whole hold; see `Meter.cancel`."""
+    check_tenant(tenant)
+    check_id(reservation_id)
+    reply: Reply = yield Call(
+        "cancel", context.shard_of(tenant), Cancel(reservation_field(tenant, reservation_id))
+    )
+    if _status(reply) == "ended":
+        raise ReservationEnded(reservation_id, _text(reply[2]))
+
+
+def find(context: Context, tenant: str, reservation_id: str) -> Flow[Found]:
+    """Where a reservation stands; see `Meter.find`."""
+    check_tenant(tenant)
+    check_id(reservation_id)
+    reply: Reply = yield Call("find", context.shard_of(tenant), Find(reservation_field(tenant, reservation_id)))
+    status = _status(reply)
+    if status == "absent":
+        raise ReservationNotFound(reservation_id)
+    if status == "open" or len(reply) == 6:
+        return Found(
+            id=reservation_id, status=status, reserved_at_ms=int(reply[2]), expires_at_ms=int(reply[3])
+        )
+    return Found(
+        id=reservation_id,
+        status=status,
+        reserved_at_ms=int(reply[3]),
+        n=int(reply[2]) or None,
+        booked_at_ms=int(reply[4]),
+    )
+
+
+def record(
+    context: Context,
+    tenant: str,
+    attributes: Mapping[str, str],
+    usage: Usage,
+    record_id: str | None = None,
+    quality: Quality = "final",
+    facts: Mapping[str, str] | None = None,
+    funding: Funding | None = None,
+) -> Flow[LedgerEntry]:
+    """Book usage that had no reservation; see `Meter.record`."""
+    check_tenant(tenant)
+    check_attributes(attributes)
+    _check_usage(usage)
+    taken_id = new_id() if record_id is None else check_id(record_id, "record_id")
+    call_facts = CallFacts(
+        tenant=tenant, attributes=attributes, funding=funding or context.compiled.funding_of(tenant)
+    )
+    bound = context.compiled.limits_of(tenant, attributes)
+    outcome = _outcome(usage, quality, facts)
+    entry: LedgerEntry = yield from _write(context, "recorded", taken_id, call_facts, outcome, bound, usage)
+    return entry
+
+
+def adjust(
+    context: Context, entry: LedgerEntry, difference: Mapping[str, object], reason: str, actor: str, adjust_id: str | None
+) -> Flow[LedgerEntry]:
+    """Book a signed correction of an entry; see `Meter.adjust`."""
+    check_text(reason, "reason", 256)
+    if actor:
+        check_text(actor, "actor", 128)
+    _check_difference(difference, "difference")
+    taken_id = new_id() if adjust_id is None else check_id(adjust_id, "adjust_id")
+    outcome = Outcome(
+        usage=difference,
+        quality=entry.quality,
+        adjusts=f"{entry.shard}:{entry.n}",
+        reason=reason,
+        actor=actor,
+    )
+    call_facts = CallFacts(tenant=entry.tenant, attributes=entry.attributes, funding=entry.funding)
+    written: LedgerEntry = yield from _write(context, "adjusted", taken_id, call_facts, outcome, (), None)
+    return written
+
+
+def _write(
+    context: Context,
+    kind: Literal["recorded", "adjusted"],
+    taken_id: str,
+    call_facts: CallFacts,
+    outcome: Outcome,
+    bound: Sequence[BoundLimit],
+    usage: Usage | None,
+) -> Flow[LedgerEntry]:
+    shard = context.shard_of(call_facts.tenant)
+    field = reservation_field(call_facts.tenant, taken_id)
+    call_blob, blob = encode(call_facts), encode(outcome)
+    for _ in range(_STALE_TRIES):
+        limits = () if usage is None else _arguments(context, bound, usage)
+        operation = Record(field, kind, digest_of(call_blob, blob), call_blob, blob, limits)
+        reply: Reply = yield Call("record", shard, operation)
+        if not _stale(context, reply):
+            break
+    else:
+        raise StoreUnavailable("record", "its clock runs away")
+    status = _status(reply)
+    if status == "open":
+        raise ReservationConflict(f"{taken_id!r} is the id of an open reservation: settle it", taken_id)
+    if status == "conflict":
+        raise ReservationConflict(
+            f"the id {taken_id!r} was {_text(reply[2])} with another payload", taken_id, _text(reply[3]), blob.decode()
+        )
+    return LedgerEntry(
+        shard=shard,
+        n=int(reply[3]),
+        kind=kind,
+        reservation_id=taken_id,
+        tenant=call_facts.tenant,
+        attributes=call_facts.attributes,
+        funding=call_facts.funding,
+        usage=outcome.usage,
+        quality=outcome.quality,
+        facts=outcome.facts,
+        reserved_at=0,
+        booked_at=int(reply[5]),
+        adjusts=outcome.adjusts,
+        reason=outcome.reason,
+        actor=outcome.actor,
+    )
+
+
+def peek(context: Context, tenant: str, attributes: Mapping[str, str]) -> Flow[tuple[LimitState, ...]]:
+    """How every limit of such a call stands; see `Meter.peek`."""
+    check_tenant(tenant)
+    check_attributes(attributes)
+    bound = context.compiled.limits_of(tenant, attributes)
+    for _ in range(_STALE_TRIES):
+        now_ms = context.now_ms()
+        limits = tuple(
+            PeekLimit(made.window_field, made.span_ms, made.period_start_ms, made.period_end_ms)
+            for made in (limit.arguments(0, now_ms) for limit in bound)
+        )
+        reply: Reply = yield Call("peek", context.shard_of(tenant), Peek(limits))
+        if not _stale(context, reply):
+            return states_of(bound, reply, 2)
+    raise StoreUnavailable("peek", "its clock runs away")
+
+
+def sweep(context: Context, scan_count: int = 500) -> Flow[Swept]:
+    """Expire all that is overdue, forget what ended long ago, drop windows that have slid out, in every shard."""
+    swept = Swept()
+    for shard in range(context.options.shards):
+        cursor, overdue = 0, 1
+        while cursor or overdue:
+            reply: Reply = yield Call("sweep", shard, Sweep(cursor, scan_count), SWEEP_PIECE)
+            overdue, cursor = int(reply[3]), int(reply[5])
+            swept.expired += int(reply[2])
+            swept.windows_dropped += int(reply[4])
+    return swept
+
+
+def sweep_piece(context: Context, shard: int, cursor: int, scan_count: int = 200) -> Flow[int]:
+    """One bounded piece of a shard's sweep; returns where the next one goes on."""
+    reply: Reply = yield Call("sweep", shard, Sweep(cursor, scan_count), SWEEP_PIECE)
+    return int(reply[5])
+
+
+def read_ledger(shard: int, after: int, count: int) -> Flow[list[LedgerEntry]]:
+    """The entries of a shard behind number `after`, at most `count`."""
+    check_count(count, "count", 10_000)
+    page = yield ReadLedger(shard, after, count)
+    return [entry_of(shard, n, fields) for n, fields in page]
+
+
+def read_head(shard: int) -> Flow[ShardHead]:
+    """A shard's own numbers."""
+    head: ShardHead = yield ReadHead(shard)
+    return head
+
+
+def _arguments(context: Context, bound: Sequence[BoundLimit], usage: Usage) -> tuple[LimitArguments, ...]:
+    now_ms = context.now_ms()
+    return tuple(limit.arguments(amount_of(usage, limit.limit.unit) or 0, now_ms) for limit in bound)
+
+
+def _outcome(usage: Usage, quality: Quality, facts: Mapping[str, str] | None) -> Outcome:
+    if quality not in ("final", "partial", "estimated", "split_unknown"):
+        raise InvalidInput("quality", f"{quality!r:.40} is not one of final, partial, estimated, split_unknown")
+    facts = {} if facts is None else facts
+    if len(facts) > _FACTS_MAX:
+        raise InvalidInput("facts", f"at most {_FACTS_MAX}, not {len(facts)}")
+    check_attributes(facts)
+    return Outcome(usage=counts_of(usage), quality=quality, facts=facts)
+
+
+def _check_usage(usage: object) -> None:
+    if not isinstance(usage, Usage):
+        raise InvalidInput("usage", f"a Usage is needed, not {type(usage).__name__}")
+
+
+def _check_difference(difference: object, field: str) -> None:
+    """A correction has a usage's names and nesting, and whole numbers of either sign."""
+    if not isinstance(difference, Mapping) or not difference:
+        raise InvalidInput(field, "a mapping of a usage's fields to whole numbers is needed, and not an empty one")
+    for name, value in difference.items():
+        if isinstance(value, Mapping):
+            _check_difference(value, f"{field}.{name}")
+        elif type(value) is not int or abs(value) > 2**53 - 1:
+            raise InvalidInput(f"{field}.{name}", f"a whole number within 2^53 is needed, not {value!r:.40}")
+
+
+def _stale(context: Context, reply: Reply) -> bool:
+    if _status(reply) != "stale_period":
+        return False
+    context.learn(int(reply[1]))
+    return True
+
+
+def _status(reply: Reply) -> str:
+    return _text(reply[0])
+
+
+def _text(word: Any) -> str:
+    return word if isinstance(word, str) else bytes(word).decode()
+
+
+def _bytes(word: Any) -> bytes:
+    return word.encode() if isinstance(word, str) else bytes(word)
+

@@ -1,0 +1,27 @@
+"""Every key meterlib uses, and which shard a tenant belongs to.
+
+All keys of a shard carry its number as their hash tag, so that one script call stays within one slot of a cluster. No
+key expires by itself: the ledger must not, and what else a shard holds is dropped by its sweep when it has slid out.
+"""
+
+from __future__ import annotations
+
+from zlib import crc32
+
+LAYOUT_VERSION = 1
+
+
+def shard_of(tenant: str, shards: int) -> int:
+    """The shard that all state and entries of a tenant are in."""
+    return crc32(tenant.encode()) % shards
+
+
+def layout(shards: int) -> str:
+    """What the store remembers of its layout; a caller with another one is refused."""
+    return f"{LAYOUT_VERSION}/{shards}"
+
+
+def shard_keys(prefix: str, shard: int) -> tuple[str, str, str, str]:
+    """State, leases, ended reservations and ledger of a shard, in the scripts' order."""
+    tag = f"{prefix}:{{{shard}}}"
+    return f"{tag}:state", f"{tag}:leases", f"{tag}:ended", f"{tag}:ledger"
