@@ -47,14 +47,14 @@ local function charge(window, time, settled, held)
     from = low * 45 + 1
     to = sub(log, from, from + 12) == time and from + 44 or from - 1
   end
-  local at_settled, at_held = settled, held
-  if from < to then
-    at_settled, at_held = sub(log, from + 13, from + 28) + settled, sub(log, from + 29, to) + held
-  end
-  if at_settled < 0 then settled, at_settled = settled - at_settled, 0 end
-  if at_held < 0 then held, at_held = held - at_held, 0 end
-  local excess = window.settled + window.held + settled + held - 9007199254740991
-  if excess > 0 then settled, at_settled = settled - excess, at_settled - excess end
+  local old_settled, old_held = 0, 0
+  if from < to then old_settled, old_held = tonumber(sub(log, from + 13, from + 28)), tonumber(sub(log, from + 29, to)) end
+  if held < -old_held then held = -old_held end
+  if settled < -old_settled then settled = -old_settled end
+  local room = 9007199254740991 - window.settled - window.held
+  if held > room then held = room end
+  if settled > room - held then settled = room - held end
+  local at_settled, at_held = old_settled + settled, old_held + held
   local entry = ''
   if at_settled > 0 or at_held > 0 then entry = time .. format('%016d%016d', at_settled, at_held) end
   window.log = sub(log, 1, from - 1) .. entry .. sub(log, to + 1)

@@ -172,9 +172,9 @@ class Work:
         if at == len(window.entries) or window.entries[at].time_ms != time_ms:
             window.entries.insert(at, Entry(time_ms, 0, 0))
         entry = window.entries[at]
-        held = max(held, -entry.held)
-        settled = max(settled, -entry.settled)
-        settled = min(settled, AMOUNT_MAX - window.settled - window.held - held)
+        room = AMOUNT_MAX - window.settled - window.held
+        held = min(max(held, -entry.held), room)
+        settled = min(max(settled, -entry.settled), room - held)
         entry.settled += settled
         entry.held += held
         if entry.settled <= 0 and entry.held <= 0:
@@ -268,8 +268,8 @@ class Work:
                 shard.records.pop(record_field, None)
             shard.ended.remove((ended_at_ms, record_field))
 
-    def commit(self, *, books: bool) -> None:
-        """Write all that changed. `books` says whether this script is one of those that end reservations."""
+    def commit(self, *, books: bool, dropped: bool = False) -> None:
+        """Write all that changed; `books`: this script ends reservations, `dropped`: it has dropped windows."""
         shard = self.shard
         if self.entries and shard.ledger and shard.ledger[-1]["n"] >= self.entries[0]["n"]:
             raise RuntimeError("the ledger has entries of which the state knows nothing")
@@ -277,7 +277,7 @@ class Work:
         if books or self.entries or self.ended or self.released:
             self.forget()
         forgot = len(shard.ended) != before
-        if not (forgot or self.changed_windows or self.records or self.entries or self.ended or self.released
+        if not (forgot or dropped or self.changed_windows or self.records or self.entries or self.ended or self.released
                 or self.leases):  # fmt: skip
             return
         shard.layout, shard.clock_ms, shard.server_ms = self.layout, self.now_ms, self.server_ms
@@ -506,7 +506,7 @@ def sweep(work: Work, operation: Sweep) -> Reply:
     ]
     for name in slid_out:
         del windows[name]
-    work.commit(books=True)
+    work.commit(books=True, dropped=bool(slid_out))
     overdue = sum(1 for lease in work.shard.leases if lease[0] <= work.now_ms)
     return ["swept", work.now_ms, expired, overdue, len(slid_out), 0]
 

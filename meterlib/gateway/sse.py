@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
 from meterlib.core.checks import AMOUNT_MAX
+from meterlib.core.ledger import Quality
 from meterlib.core.usage import CacheCreation, Iteration, OutputTokensDetails, ServerToolUse, Usage
-
-Quality = Literal["final", "partial", "estimated", "split_unknown"]
 
 EVENT_BYTES_MAX = 16 << 20
 """Results of a web search make events of some megabytes; nothing real comes near this."""

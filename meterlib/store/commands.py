@@ -40,6 +40,16 @@ class ReadOwners(NamedTuple):
     reservation_id: str
 
 
+class ReadWindows(NamedTuple):
+    """Which windows of a tenant a shard has; answered by a list of window fields.
+
+    The tenant as it stands in those fields: encoded, or `*` for the windows that all tenants share.
+    """
+
+    shard: int
+    tenant: str
+
+
 class ShardHead(NamedTuple):
     """A shard's own numbers.
 
@@ -56,6 +66,6 @@ class ShardHead(NamedTuple):
     open_reservations: int
 
 
-Command: TypeAlias = Call | ReadLedger | ReadHead | ReadOwners
+Command: TypeAlias = Call | ReadLedger | ReadHead | ReadOwners | ReadWindows
 Flow: TypeAlias = Generator[Command, Any, T]
 """A verb written once: yields commands, is sent their answers (or has StoreErrors thrown in), returns its result."""

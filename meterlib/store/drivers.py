@@ -14,7 +14,7 @@ from redis.exceptions import NoScriptError, RedisError
 from meterlib.core import rules
 from meterlib.core.operations import Argument, Reply
 from meterlib.errors import MeterError, StoreCorrupt, StoreUnavailable
-from meterlib.store.commands import Call, Command, Flow, ReadHead, ReadLedger, ReadOwners, ShardHead
+from meterlib.store.commands import Call, Command, Flow, ReadHead, ReadLedger, ReadOwners, ReadWindows, ShardHead
 from meterlib.store.faults import Attempts
 from meterlib.store.keys import layout, shard_keys
 from meterlib.store.scripts import Script, script
@@ -91,6 +91,10 @@ class _Calls:
         leases = self._keys[command.shard][1]
         return ("ZSCAN", leases, cursor, "MATCH", f"r/*/{command.reservation_id}", "COUNT", 1000)
 
+    def windows_page(self, command: ReadWindows, cursor: Argument) -> tuple[Argument, ...]:
+        owner = command.tenant.replace("*", "\\*")  # the rest of an encoded tenant means itself in a pattern
+        return ("HSCAN", self._keys[command.shard][0], cursor, "MATCH", f"w/{owner}/*", "COUNT", 1000)
+
     def head_commands(self, shard: int) -> tuple[tuple[Argument, ...], ...]:
         state, leases, _, ledger = self._keys[shard]
         return (
@@ -139,6 +143,14 @@ class SyncDriver:
                 owners += [member[0].decode() for member in page]
                 if int(cursor) == 0:
                     return owners
+        if isinstance(command, ReadWindows):
+            windows: set[str] = set()
+            cursor = 0
+            while True:
+                cursor, found = self._retrying("windows", *self._calls.windows_page(command, cursor))
+                windows.update(field.decode() for field in found)
+                if int(cursor) == 0:
+                    return sorted(windows)
         return head_of(*[self._retrying("head", *words) for words in self._calls.head_commands(command.shard)])
 
     def call(self, name: str, shard: int, operations: Sequence[Any], sweep_max: int | None = None) -> list[Reply]:
@@ -211,6 +223,14 @@ class AsyncDriver:
                 owners += [member[0].decode() for member in page]
                 if int(cursor) == 0:
                     return owners
+        if isinstance(command, ReadWindows):
+            windows: set[str] = set()
+            cursor = 0
+            while True:
+                cursor, found = await self._retrying("windows", *self._calls.windows_page(command, cursor))
+                windows.update(field.decode() for field in found)
+                if int(cursor) == 0:
+                    return sorted(windows)
         return head_of(*[await self._retrying("head", *words) for words in self._calls.head_commands(command.shard)])
 
     async def call(self, name: str, shard: int, operations: Sequence[Any], sweep_max: int | None = None) -> list[Reply]:
@@ -297,6 +317,8 @@ class MemoryDriver:
                 )
             if isinstance(command, ReadOwners):
                 return [field for _, field in shard.leases if field.endswith(f"/{command.reservation_id}")]
+            if isinstance(command, ReadWindows):
+                return sorted(field for field in shard.windows if field.startswith(f"w/{command.tenant}/"))
             page = [entry for entry in shard.ledger if entry["n"] > command.after][: command.count]
             return [(entry["n"], stored_fields(entry)) for entry in page]
 

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
+from urllib.parse import unquote
 
 import msgspec
 
@@ -45,7 +46,7 @@ from meterlib.core.operations import (
     Settle,
     Sweep,
 )
-from meterlib.core.policy import BoundLimit, CompiledPolicy, Funding, Policy, reservation_field
+from meterlib.core.policy import BoundLimit, CompiledPolicy, Funding, Limit, Policy, encoded, reservation_field
 from meterlib.core.usage import Usage, amount_of, amounts_of
 from meterlib.errors import (
     InvalidInput,
@@ -55,7 +56,7 @@ from meterlib.errors import (
     ReservationNotFound,
     StoreUnavailable,
 )
-from meterlib.store.commands import Call, Flow, ReadHead, ReadLedger, ReadOwners, ShardHead
+from meterlib.store.commands import Call, Flow, ReadHead, ReadLedger, ReadOwners, ReadWindows, ShardHead
 from meterlib.store.drivers import Clock, StoreOptions
 from meterlib.store.keys import shard_of
 
@@ -108,6 +109,13 @@ class Swept(msgspec.Struct, kw_only=True):
     expired: int = 0
     windows_dropped: int = 0
     overdue: int = 0
+
+
+class Partition(msgspec.Struct, frozen=True, kw_only=True):
+    """How a limit stands for one set of the attributes that partition it; an attribute the calls lacked is left out."""
+
+    attributes: Mapping[str, str]
+    state: LimitState
 
 
 class Context:
@@ -491,6 +499,44 @@ def peek(context: Context, tenant: str, attributes: Mapping[str, str]) -> Flow[t
         if not _stale(context, reply):
             return states_of(bound, reply, 2)
     raise StoreUnavailable("peek", "its clock runs away")
+
+
+def partitions(context: Context, tenant: str) -> Flow[list[Partition]]:
+    """How every limit stands for each partition of the tenant that the store knows; changes nothing.
+
+    A partition is known from its first call until its window has slid out and was swept.
+    """
+    check_tenant(tenant)
+    fields: list[str] = []
+    for owner in (encoded(tenant), "*"):
+        fields += yield ReadWindows(context.shard_of(tenant), owner)
+    limits = {limit.name: limit for limit in context.policy.limits}
+    known: dict[tuple[tuple[str, str], ...], set[str]] = {}
+    for field in fields:
+        _, _, name, *values = field.split("/")
+        attributes = _partition_attributes(limits.get(name), values)
+        if attributes is not None:
+            known.setdefault(attributes, set()).add(name)
+    # A window says which attributes partition it, and no longer which calls it matched: that is settled.
+    matching = Policy(limits=tuple(msgspec.structs.replace(limit, match={}) for limit in context.policy.limits),
+                      tenants=context.policy.tenants)  # fmt: skip
+    everything = Context(matching, context.options, context.clock, context.when_down)
+    found: list[Partition] = []
+    for attributes, names in sorted(known.items()):
+        states = yield from peek(everything, tenant, dict(attributes))
+        found += [Partition(attributes=dict(attributes), state=state) for state in states if state.name in names]
+    return found
+
+
+def _partition_attributes(limit: Limit | None, values: Sequence[str]) -> tuple[tuple[str, str], ...] | None:
+    """The attributes that a window's name tells; None if it is of a limit that the policy does not have any more."""
+    if limit is None:
+        return None
+    if limit.period is not None:
+        values = values[:-1]
+    if len(values) != len(limit.per):
+        return None
+    return tuple((name, unquote(value)) for name, value in zip(limit.per, values, strict=True) if value)
 
 
 def sweep(context: Context, scan_count: int = 500) -> Flow[Swept]:

@@ -1,0 +1,322 @@
+"""`meterlib.toml`: every setting with its default, read once and checked in full, so that nothing is wrong later."""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote
+
+import msgspec
+from msgspec import inspect
+
+from meterlib.core.policy import Limit, Policy, Tenant, nearest
+from meterlib.errors import PolicyError
+from meterlib.meter import AsyncMeter, Meter
+from meterlib.store.connect import SCHEMES
+from meterlib.store.drivers import Clock, StoreOptions
+from meterlib.store.embedded import parse_embedded_url
+
+FILE_NAME = "meterlib.toml"
+FILE_BYTES_MAX = 1 << 20
+DEFAULT_URL = "embedded://./meterlib-data"
+
+_PREFIX = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
+_RANGES = {
+    "shards": (1, 1024),
+    "retention_ms": (60_000, 31 * 86_400_000),
+    "timeout_ms": (1, 600_000),
+    "deadline_ms": (1, 3_600_000),
+    "connections_max": (1, 10_000),
+    "sweep_interval_ms": (0, 3_600_000),
+}
+
+
+class StoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The table `[store]`: where limits and ledger are kept, and how the store is used.
+
+    Attributes:
+        url: as `Meter.connect` takes it; in a file, `embedded://./folder` is meant from where the file is.
+        shards: how many ledgers and groups of keys; chosen once for a store.
+        prefix: what all keys begin with.
+        retention_ms: how long the ids of ended reservations are remembered.
+        timeout_ms: how long one try waits for the server.
+        deadline_ms: how long a call tries altogether.
+        connections_max: how many connections a meter opens at most.
+        when_down: what a reserve does while the store is down: `deny`, or `allow` it to pass unmetered.
+        journal: a local file for settlements that cannot reach the store; none by default.
+        sweep_interval_ms: within which time the background sweep has looked at every shard; 0 for never.
+
+    """
+
+    url: str = DEFAULT_URL
+    shards: int = 16
+    prefix: str = "meterlib"
+    retention_ms: int = 24 * 3_600_000
+    timeout_ms: int = 1000
+    deadline_ms: int = 5000
+    connections_max: int = 64
+    when_down: Literal["deny", "allow"] = "deny"
+    journal: str | None = None
+    sweep_interval_ms: int = 10_000
+
+    @property
+    def options(self) -> StoreOptions:
+        """The part of the settings that all who share the store must agree on."""
+        return StoreOptions(
+            shards=self.shards,
+            prefix=self.prefix,
+            retention_ms=self.retention_ms,
+            timeout_ms=self.timeout_ms,
+            deadline_ms=self.deadline_ms,
+            connections_max=self.connections_max,
+        )
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All settings of one `meterlib.toml`.
+
+    Attributes:
+        store: the table `[store]`.
+        preset: the name of a policy whose limits come first; see `Policy.preset`.
+        limit: the tables `[[limit]]`.
+        tenant: the tables `[[tenant]]`.
+
+    Raises:
+        PolicyError: with the path of the setting, what was found, and what is allowed.
+
+    """
+
+    store: StoreSettings = StoreSettings()
+    preset: str | None = None
+    limit: list[Limit] = []
+    tenant: list[Tenant] = []
+
+    def __post_init__(self) -> None:
+        _check_store(self.store)
+        for at, limit in enumerate(self.policy.limits):
+            if limit.shared and self.store.shards != 1:
+                path = f"limit[{at - len(self._preset_limits)}].shared"
+                raise PolicyError(path, f"needs [store] shards = 1, and there are {self.store.shards}")
+
+    @property
+    def policy(self) -> Policy:
+        """The limits, the preset's first, and the tenants."""
+        own = Policy(limits=tuple(self.limit))  # first alone, so that an error counts the limits as the file does
+        taken = {limit.name for limit in self._preset_limits}
+        for at, limit in enumerate(own.limits):
+            if limit.name in taken:
+                problem = f"{limit.name!r} is the name of a limit of the preset {self.preset!r} already"
+                raise PolicyError(f"limit[{at}].name", problem)
+        return Policy(limits=(*self._preset_limits, *own.limits), tenants=tuple(self.tenant))
+
+    @property
+    def _preset_limits(self) -> tuple[Limit, ...]:
+        return Policy.preset(self.preset).limits if self.preset is not None else ()
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Config:
+        """The settings of a file.
+
+        Relative places in it (`embedded://./…`, the journal) are meant from the folder the file is in.
+
+        Raises:
+            PolicyError: the file cannot be read, is no TOML (with the line), or a setting is not acceptable (with its
+                path: `limit[0].window`).
+
+        """
+        file = Path(path)
+        data = _parsed(file)
+        try:
+            _check(data, inspect.type_info(cls), "")
+            config = msgspec.convert(data, cls)
+        except (PolicyError, msgspec.ValidationError) as error:
+            raise _placed(error, file) from None
+        return msgspec.structs.replace(config, store=_from_folder(config.store, file.absolute().parent))
+
+    @classmethod
+    def find(cls, path: str | os.PathLike[str] | None = None) -> Config:
+        """The settings of the file that was named; else of `meterlib.toml` here, if there is one; else the defaults."""
+        if path is not None:
+            return cls.load(path)
+        here = Path(FILE_NAME)
+        return cls.load(here) if here.exists() else cls()
+
+    def connect(self, *, clock: Clock | None = None) -> Meter:
+        """A meter with these settings; opens nothing before the first call."""
+        return Meter.connect(self.store.url, self.policy, clock=clock, **self._arguments())
+
+    def connect_async(self, *, clock: Clock | None = None) -> AsyncMeter:
+        """An async meter with these settings; opens nothing before the first call."""
+        return AsyncMeter.connect(self.store.url, self.policy, clock=clock, **self._arguments())
+
+    def _arguments(self) -> dict[str, Any]:
+        return {
+            "options": self.store.options,
+            "when_down": self.store.when_down,
+            "journal": self.store.journal,
+            "sweep_interval_ms": self.store.sweep_interval_ms,
+        }
+
+
+def _parsed(file: Path) -> dict[str, Any]:
+    try:
+        with file.open("rb") as stream:
+            data = stream.read(FILE_BYTES_MAX + 1)
+    except OSError as error:
+        raise PolicyError("", f"{file} cannot be read: {error.strerror}") from None
+    if len(data) > FILE_BYTES_MAX:
+        raise PolicyError("", f"{file} is larger than {FILE_BYTES_MAX} bytes, so it is no settings file")
+    try:
+        return tomllib.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise PolicyError("", f"{file}, line {line}: this is no UTF-8 text") from None
+    except RecursionError:
+        raise PolicyError("", f"{file}: lists or tables are nested too deeply") from None
+    except tomllib.TOMLDecodeError as error:
+        raise PolicyError("", _explained(file, str(error), lines=data.rstrip().count(b"\n") + 1)) from None
+    except ValueError:  # the one thing that tomllib leaves to int()
+        raise PolicyError("", f"{file}: a number has far too many digits") from None
+
+
+def _explained(file: Path, error: str, lines: int) -> str:
+    """What tomllib says, with the line in front, and clearer where a setting or a table is there twice."""
+    problem, _, place = error.partition(" (at ")
+    where = place.rstrip(")").replace("end of document", f"line {lines}")
+    if "Cannot overwrite" in problem:
+        problem = "a setting is given twice"
+    elif twice := re.fullmatch(r"Cannot (?:declare|mutate) (?:immutable namespace )?\((.*?),?\)(?: twice)?", problem):
+        problem = f"the table [{twice[1].replace(chr(39), '').replace(', ', '.')}] is begun twice"
+    return f"{file}, {where}: {problem}"
+
+
+def _placed(error: Exception, file: Path) -> PolicyError:
+    """The error with the file's name in it; msgspec wraps those that a record raises when it is made."""
+    cause = error if isinstance(error, PolicyError) else error.__cause__
+    path = cause.path if isinstance(cause, PolicyError) else ""
+    problem = str(cause or error).removeprefix(f"{path}: ")
+    return PolicyError(path, f"{problem} (in {file})")
+
+
+# ── Whether the data fit the settings ─────────────────────────────────────────────────────────────────────────────────
+
+
+def _check(value: object, wanted: inspect.Type, path: str) -> None:
+    """Hold decoded TOML against the type of a setting; a PolicyError names the innermost place that does not fit."""
+    if isinstance(wanted, inspect.UnionType):
+        fitting = [kind for kind in wanted.types if _fits(value, kind)]
+        if not fitting:
+            raise _mismatch(value, wanted, path)
+        return _check(value, fitting[0], path)
+    if not _fits(value, wanted):
+        raise _mismatch(value, wanted, path)
+    if isinstance(wanted, inspect.StructType):
+        _check_table(value, wanted, path)
+    elif isinstance(value, list):
+        for at, item in enumerate(value):
+            _check(item, wanted.item_type, f"{path}[{at}]")  # type: ignore[attr-defined]
+    elif isinstance(wanted, inspect.DictType):
+        for name, item in value.items():  # type: ignore[attr-defined]
+            _check(item, wanted.value_type, f"{path}.{name}")
+    elif isinstance(wanted, inspect.LiteralType) and value not in wanted.values:
+        raise _mismatch(value, wanted, path)
+    return None
+
+
+def _check_table(value: Any, wanted: inspect.StructType, path: str) -> None:
+    fields = {field.encode_name: field for field in wanted.fields}
+    at = f"{path}." if path else ""
+    for name in value:
+        if name not in fields:
+            raise PolicyError(f"{at}{name:.80}", f"there is no such setting{nearest(name, list(fields))}")
+    for name, field in fields.items():
+        if name in value:
+            _check(value[name], field.type, at + name)
+        elif field.required:
+            raise PolicyError(at + name, f"is missing; {_words(field.type)} is needed")
+
+
+_NATIVE: dict[type[inspect.Type], type] = {
+    inspect.StrType: str,
+    inspect.LiteralType: str,
+    inspect.IntType: int,
+    inspect.BoolType: bool,
+    inspect.ListType: list,
+    inspect.VarTupleType: list,
+    inspect.DictType: dict,
+    inspect.StructType: dict,
+}
+_WORDS: dict[type, str] = {str: "text", int: "a whole number", bool: "true or false", list: "a list", dict: "a table"}
+
+
+def _fits(value: object, wanted: inspect.Type) -> bool:
+    return type(value) is _NATIVE.get(type(wanted))
+
+
+def _words(wanted: inspect.Type) -> str:
+    """What is allowed, in words."""
+    if isinstance(wanted, inspect.UnionType):
+        return " or ".join(_words(kind) for kind in wanted.types if not isinstance(kind, inspect.NoneType))
+    if isinstance(wanted, inspect.LiteralType):
+        return "one of " + ", ".join(sorted(str(value) for value in wanted.values))
+    return _WORDS[_NATIVE[type(wanted)]]
+
+
+def _mismatch(value: object, wanted: inspect.Type, path: str) -> PolicyError:
+    hidden = path == "store.url" or not isinstance(value, str | int | float)  # a URL may hold a password
+    found = _WORDS.get(type(value), f"a {type(value).__name__}") if hidden else f"{value!r:.60}"
+    if isinstance(value, bool):
+        found = str(value).lower()
+    problem = f"{_words(wanted)} is needed, not {found}"
+    natives = [_NATIVE.get(type(kind)) for kind in getattr(wanted, "types", (wanted,))]
+    if isinstance(value, dict) and list in natives:
+        problem += f"; begin each with [[{path}]], in two pairs of brackets"
+    elif isinstance(value, list) and dict in natives:
+        problem += f"; begin it with [{path}], in one pair of brackets"
+    elif isinstance(value, str) and list in natives:
+        problem += f"; write [{value!r:.60}]"
+    elif isinstance(value, float) and int in natives and value.is_integer():
+        problem += f"; write {int(value)}"
+    elif isinstance(value, str) and isinstance(wanted, inspect.LiteralType):
+        problem += nearest(value, [str(word) for word in wanted.values]).partition(" (valid")[0]
+    return PolicyError(path, problem)
+
+
+def _check_store(store: StoreSettings) -> None:
+    for name, (least, most) in _RANGES.items():
+        value = getattr(store, name)
+        if type(value) is not int or not least <= value <= most:
+            raise PolicyError(f"store.{name}", f"{least} to {most} is allowed, not {value!r:.40}")
+    if store.deadline_ms < store.timeout_ms:
+        problem = f"{store.deadline_ms} is less than timeout_ms = {store.timeout_ms}: not even one try would fit"
+        raise PolicyError("store.deadline_ms", problem)
+    if not _PREFIX.fullmatch(store.prefix):
+        raise PolicyError("store.prefix", f"1 to 64 of A-Z a-z 0-9 _ . : - are allowed, not {store.prefix!r:.80}")
+    if store.journal is not None and not store.journal.strip():
+        raise PolicyError("store.journal", "the name of a file is needed; leave the setting out for none")
+    _check_url(store.url)
+
+
+def _check_url(url: str) -> None:
+    """What is wrong with a URL is said without repeating it, since it may hold a password."""
+    scheme = url.partition("://")[0]
+    if "://" not in url or scheme not in SCHEMES:
+        raise PolicyError("store.url", f"must begin with one of {', '.join(f'{known}://' for known in SCHEMES)}")
+    if scheme == "embedded":
+        try:
+            parse_embedded_url(url)
+        except ValueError as error:
+            raise PolicyError("store.url", str(error)) from None
+
+
+def _from_folder(store: StoreSettings, folder: Path) -> StoreSettings:
+    """The settings with whatever is relative in them made absolute."""
+    url, journal = store.url, store.journal
+    if url.startswith("embedded://."):
+        url = "embedded://" + quote(os.path.normpath(folder / parse_embedded_url(url)))
+    if journal is not None:
+        journal = os.path.normpath(folder / Path(journal).expanduser())
+    return msgspec.structs.replace(store, url=url, journal=journal)

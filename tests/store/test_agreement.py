@@ -1,0 +1,328 @@
+"""The scripts, on a real server and on fakeredis, and their pure twin answer any history alike; a judge watches them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import fakeredis
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
+from meterlib.core import rules
+from meterlib.core.operations import (
+    Cancel,
+    Find,
+    LimitArguments,
+    Peek,
+    PeekLimit,
+    Record,
+    Reserve,
+    Revise,
+    Settle,
+    Sweep,
+)
+from meterlib.store.commands import ReadHead, ReadLedger
+from meterlib.store.drivers import MemoryDriver, MemoryStore, StoreOptions, SyncDriver
+from meterlib.testing import Clock
+from tests.conftest import soak_seconds
+from tests.store.oracle import Judge, Rule
+from tests.support.servers import Server
+
+START_MS = 1_790_000_000_000
+PERIOD = (START_MS - 10_000, START_MS + 60_000)
+OPTIONS = StoreOptions(shards=1, retention_ms=90_000, sweep_max=2, prefix="t")
+
+LIMITS = [
+    Rule("w/a/exact", "requests", 3, "sliding", 10_000, 1),
+    Rule("w/a/tokens", "input_tokens", 100, "sliding", 60_000, 1000),
+    Rule("w/a/uneven", "input_tokens", 60, "sliding", 1_000, 300),
+    Rule("w/b/strict", "input_tokens", 50, "sliding", 5_000, 500, rejects=True),
+    Rule("w/b/none", "output_tokens", 0, "sliding", 5_000, 500),
+    Rule("w/a/open", "requests", 2, "open"),
+    Rule("w/b/open", "input_tokens", 70, "open"),
+    Rule("w/a/kept/p", "input_tokens", 150, "period", period=PERIOD),
+    Rule("w/a/freed/p", "input_tokens", 120, "period", period=PERIOD, frees=True),
+    Rule("w/b/later/p", "requests", 4, "period", period=(PERIOD[1], PERIOD[1] + 60_000)),
+]
+IDS = [f"r/{tenant}/{name}" for tenant in "ab" for name in ("one", "two", "three", "four")]
+
+ids = st.sampled_from(IDS)
+amounts = st.one_of(st.integers(0, 40), st.integers(0, 200), st.sampled_from([0, 1, 2**53 - 1]))
+leases = st.sampled_from([1, 500, 2_000, 20_000, 100_000])
+wanted = st.lists(st.tuples(st.sampled_from(LIMITS), amounts), max_size=4, unique_by=lambda pair: pair[0].window)
+units = st.dictionaries(st.sampled_from(["requests", "input_tokens", "output_tokens"]), amounts, max_size=3)
+payloads = st.sampled_from(["0123456789abcdef", "fedcba9876543210"])
+
+
+def arguments(pairs: list[tuple[Rule, int]]) -> tuple[LimitArguments, ...]:
+    return tuple(
+        LimitArguments(
+            limit.window, limit.unit, amount, limit.quota, "reject" if limit.rejects else "admit", limit.length_ms,
+            limit.step_ms, *limit.period, "free" if limit.frees else "keep",
+        )
+        for limit, amount in pairs
+    )  # fmt: skip
+
+
+def plain(answer: Any) -> Any:
+    """An answer with all bytes as text, since the twin hands words over as they are."""
+    if isinstance(answer, list | tuple):
+        return [plain(word) for word in answer]
+    if isinstance(answer, dict):
+        return {plain(name): plain(word) for name, word in answer.items()}
+    return answer.decode() if isinstance(answer, bytes) else answer
+
+
+class Histories(RuleBasedStateMachine):
+    """Random histories on three stores at once."""
+
+    server: Server
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = Clock(START_MS)
+        self.store = MemoryStore(OPTIONS)
+        self.twin = MemoryDriver(self.store, self.clock)
+        self.real = self.server.client()
+        self.real.flushall()
+        self.fake = fakeredis.FakeRedis(server=fakeredis.FakeServer())
+        self.scripts = [
+            SyncDriver(self.fake, OPTIONS, self.clock, plain=True),
+            SyncDriver(self.real, OPTIONS, self.clock),
+        ]
+        self.judge = Judge()
+        self.now_ms = 0
+        self.last: tuple[str, Any, list[Any]] | None = None
+
+    def teardown(self) -> None:
+        for driver in self.scripts:
+            driver.close()
+
+    # one call, on all of them
+
+    def call(self, name: str, operations: list[Any], sweep_max: int | None = None) -> list[list[Any]]:
+        seen = len(self.shard.ledger)
+        replies = plain(self.twin.call(name, 0, operations, sweep_max))
+        for driver in self.scripts:
+            assert replies == plain(driver.call(name, 0, operations, sweep_max))
+        assert self.shard.clock_ms >= self.now_ms, "time went back"
+
+        self.now_ms = self.shard.clock_ms
+        for entry in self.shard.ledger[seen:]:
+            if entry["kind"] == "expired":
+                self.judge.expired(f"r/{plain(entry['call'])}/{entry['id']}", entry["booked_at"])
+        if name in ("settle", "cancel", "record"):
+            self.last = (name, operations[-1], replies[-1])
+        return replies
+
+    @property
+    def shard(self) -> rules.Shard:
+        return self.store.shards[0]
+
+    def dump(self, client: Any) -> Any:
+        return plain([
+            client.hgetall("t:{0}:state"), client.zrange("t:{0}:leases", 0, -1, withscores=True),
+            client.lrange("t:{0}:ended", 0, -1), client.xrange("t:{0}:ledger"),
+        ])  # fmt: skip
+
+    # verbs
+
+    @rule(data=st.data(), count=st.sampled_from([1, 1, 1, 2, 3]))
+    def reserve(self, data: st.DataObject, count: int) -> None:
+        """Reservations of one call, and what the judge says to the answers."""
+        asked = [(data.draw(ids), data.draw(payloads), data.draw(wanted), data.draw(leases)) for _ in range(count)]
+        operations = [
+            Reserve(field, digest, field[2].encode(), b'{"e":1}', lease, arguments(pairs))
+            for field, digest, pairs, lease in asked
+        ]
+        before, untouched = self.dump(self.fake), copy.deepcopy(self.shard)
+        for (field, _, pairs, lease), reply in zip(asked, self.call("reserve", operations), strict=True):
+            status, now_ms = reply[:2]
+            if status == "reserved":
+                self.judge.reserved(field, pairs, now_ms, lease)
+            elif status == "denied":
+                self.judge.denied(pairs, reply[2::6], now_ms)
+            elif status in ("open", "conflict"):
+                assert self.judge.calls[field].status == "open"
+        if all(reply[0] != "reserved" for reply in self.replies_of(operations)) and len(self.shard.ledger) == len(
+            untouched.ledger
+        ) and self.shard.ended == untouched.ended and self.shard.leases == untouched.leases:
+            assert before == self.dump(self.fake), "a denied call changed something"
+        if count == 1:
+            self.check_retry(operations[0])
+
+    def replies_of(self, operations: list[Reserve]) -> list[list[Any]]:
+        """What the same calls would be told now: open if they were just admitted."""
+        shard = copy.deepcopy(self.shard)
+        work = rules.Work(shard, self.clock.now_ms, "1/1", 0, OPTIONS.retention_ms)
+        return [["reserved"] if reply[0] == "open" else plain(reply) for reply in rules.run("reserve", work, operations)]
+
+    def check_retry(self, operation: Reserve) -> None:
+        """After the time that a denial names the call passes if nobody else ran; 1 ms earlier it does not."""
+
+        def at(server_ms: int) -> list[Any]:
+            shard = copy.deepcopy(self.shard)
+            work = rules.Work(shard, server_ms, "1/1", 0, OPTIONS.retention_ms)
+            return list(plain(rules.run("reserve", work, [operation])[0]))
+
+        reply = at(self.clock.now_ms)
+        if reply[0] != "denied" or "oversize" in reply[2::6]:
+            return
+        passes_at = max(at for verdict, at in zip(reply[2::6], reply[3::6], strict=True) if verdict == "quota")
+        if any(limit.period_start_ms and passes_at >= limit.period_end_ms for limit in operation.limits):
+            return  # the next period is another window: it is empty, and the operation would name it
+
+        assert passes_at > reply[1]
+        assert at(passes_at)[0] == "reserved"
+        assert at(passes_at - 1)[0] == "denied"
+
+    @rule(data=st.data(), count=st.sampled_from([1, 1, 2, 3]), if_unknown=st.sampled_from(["ask", "write"]))
+    def settle(self, data: st.DataObject, count: int, if_unknown: str) -> None:
+        """Settlements: early, late, twice, with another payload, of nothing."""
+        asked = [(data.draw(ids), data.draw(payloads), data.draw(units), data.draw(wanted)) for _ in range(count)]
+        operations = [
+            Settle(field, digest, b'{"u":1}', field[2].encode(), if_unknown, data.draw(st.sampled_from(["yes", "no"])),
+                   tuple(used.items()), arguments(pairs))
+            for field, digest, used, pairs in asked
+        ]  # fmt: skip
+        for (field, _, used, pairs), reply in zip(asked, self.call("settle", operations), strict=True):
+            if reply[0] != "settled":
+                continue
+            kind, after = reply[2], reply[6]
+            if kind == "settled":
+                self.judge.settled(field, used)
+            elif after in ("expired", "cancelled") and self.judge.calls.get(field) and self.judge.calls[field].at_ms:
+                self.judge.late(field, used)
+            else:
+                self.judge.charged(field, "late", pairs, reply[1])
+
+    @rule(data=st.data(), count=st.sampled_from([1, 1, 2]))
+    def cancel(self, data: st.DataObject, count: int) -> None:
+        """Cancellations, of unknown ids too."""
+        fields = [data.draw(ids) for _ in range(count)]
+        for field, reply in zip(fields, self.call("cancel", [Cancel(field) for field in fields]), strict=True):
+            if reply[0] == "cancelled" and reply[2]:
+                self.judge.cancelled(field)
+            elif reply[0] == "cancelled":
+                assert self.judge.calls.get(field) is None or self.judge.calls[field].status != "open"
+
+                self.judge.calls.pop(field, None)
+
+    @rule(field=ids, used=units, revision=st.integers(0, 4), lease=st.sampled_from([0, 500, 30_000]))
+    def revise(self, field: str, used: dict[str, int], revision: int, lease: int) -> None:
+        """Better estimates and longer leases, out of order too."""
+        operation = Revise(field, revision, lease, 40_000, b'{"e":2}', tuple(used.items()))
+        reply = self.call("revise", [operation])[0]
+        if reply[0] == "revised":
+            self.judge.revised(field, used, reply[3])
+
+    @rule(field=ids, digest=payloads, pairs=wanted, kind=st.sampled_from(["recorded", "adjusted"]))
+    def record(self, field: str, digest: str, pairs: list[tuple[Rule, int]], kind: str) -> None:
+        """Usage without a reservation, and corrections."""
+        pairs = pairs if kind == "recorded" else []
+        operation = Record(field, kind, digest, field[2].encode(), b"{}", arguments(pairs))
+        reply = self.call("record", [operation])[0]
+        if reply[0] == "recorded":
+            self.judge.charged(field, kind, pairs, reply[1])
+
+    @rule()
+    def sweep(self) -> None:
+        """A background sweep."""
+        self.call("sweep", [Sweep(0, 10_000)], 100)
+
+    @rule(field=ids)
+    def find(self, field: str) -> None:
+        """Looking changes nothing."""
+        self.call("find", [Find(field)])
+
+    @rule()
+    def repeat(self) -> None:
+        """The last call again, as a client does whose time-out came before the answer: it is told the same."""
+        if self.last and self.last[2][0] in ("settled", "recorded", "cancelled", "repeated"):
+            name, operation, answer = self.last
+            again = self.call(name, [operation])[0]
+            told = slice(2, 6) if name != "cancel" else slice(2, 5)
+
+            assert again[0] == "repeated"
+            assert answer[told] == again[told]
+
+    # time, and what servers do
+
+    @rule(ms=st.one_of(st.integers(1, 2_000), st.integers(1, 70_000), st.integers(-30_000, -1)))
+    def pass_time(self, ms: int) -> None:
+        """The clock goes on, or is set back."""
+        self.clock.advance(ms=ms)
+        self.last = None
+
+    @rule()
+    def forget_scripts(self) -> None:
+        """SCRIPT FLUSH, a restart or a failover."""
+        self.real.script_flush()
+        self.fake.script_flush()
+
+    @initialize()
+    def begin(self) -> None:
+        """Nothing is there yet."""
+        assert self.call("find", [Find(IDS[0])])[0][0] == "absent"
+
+    # what is true at any time
+
+    @invariant()
+    def windows_are_as_the_judge_counts(self) -> None:
+        """Every window counts what its calls make it count, at this moment."""
+        operation = Peek(tuple(PeekLimit(limit.window, limit.length_ms, 0, 0) for limit in LIMITS))
+        reply = self.call("peek", [operation])[0]
+        for position, limit in enumerate(LIMITS):
+            settled, held = reply[2 + 4 * position : 4 + 4 * position]
+
+            assert settled >= 0
+            assert held >= 0
+            if max(settled, held) < 2**52:  # beyond, numbers saturate
+                assert self.judge.used(limit.window, reply[1]) == (settled, held)
+
+    @invariant()
+    def ledgers_agree(self) -> None:
+        """All ledgers are the same, numbered without a gap, with one terminal entry for each reservation."""
+        ledger = plain(self.twin.execute(ReadLedger(0, 0, 10_000)))
+        head = self.twin.execute(ReadHead(0))
+        for driver in self.scripts:
+            assert ledger == plain(driver.execute(ReadLedger(0, 0, 10_000)))
+            assert head == driver.execute(ReadHead(0))
+        assert [number for number, _ in ledger] == list(range(1, len(ledger) + 1))
+        kinds = [(fields["kind"], f"r/{fields['call']}/{fields['id']}") for _, fields in ledger]
+        assert sorted(kinds) == sorted(self.judge.entries)
+
+    @invariant()
+    def servers_hold_the_same(self) -> None:
+        """Nothing is stored differently on another server, and no work is left pending."""
+        fake = self.dump(self.fake)
+
+        assert fake == self.dump(self.real)
+        assert "pending" not in fake[0]
+
+
+def run(server: Server, examples: int, steps: int) -> None:
+    machine = type("Machine", (Histories,), {"server": server})
+    quick = settings(max_examples=examples, stateful_step_count=steps, report_multiple_bugs=False)
+    run_state_machine_as_test(machine, settings=quick)
+
+
+def test_any_history_is_answered_alike_by_scripts_and_twin(valkey: Server) -> None:
+    """What a test with MemoryMeter shows is what a gateway on Valkey will see."""
+    run(valkey, 60, 40)
+
+
+def test_any_history_is_answered_alike_on_redis_7(redis7: Server) -> None:
+    """The same scripts give the same answers on Redis 7.0."""
+    run(redis7, 25, 30)
+
+
+@pytest.mark.soak
+def test_long_histories_are_answered_alike(valkey: Server) -> None:
+    """Many more and longer histories, as far as the time allows."""
+    run(valkey, max(20, int(soak_seconds() * 4)), 80)
+
+
