@@ -76,7 +76,9 @@ class ReservationConflict(MeterError):
         given: what this call wanted to write.
     """
 
-    def __init__(self, message: str, reservation_id: str, existing: str | None = None, given: str | None = None) -> None:
+    def __init__(
+        self, message: str, reservation_id: str, existing: str | None = None, given: str | None = None
+    ) -> None:
         both = "" if existing is None else f"; stored: {existing}; given: {given}"
         super().__init__(message + both)
         self.reservation_id = reservation_id

@@ -233,9 +233,7 @@ class Reservation(_Held):
 
     def renew(self, lease_ms: int = LEASE_MS) -> None:
         """Prolong the lease to `lease_ms` from now; see `Meter.renew`."""
-        self._granted.expires_at_ms = self._meter.renew(
-            self.tenant, self.id, lease_ms, revision=self._next_revision()
-        )
+        self._granted.expires_at_ms = self._meter.renew(self.tenant, self.id, lease_ms, revision=self._next_revision())
 
     def settle(
         self, usage: Usage, *, quality: Quality = "final", facts: Mapping[str, str] | None = None
@@ -385,9 +383,7 @@ class Meter(_Meter):
         Raises:
             ReservationConflict: the id was used before with another payload, or is open.
         """
-        return self._run(
-            flows.record(self._context, tenant, attributes, usage, record_id, quality, facts, funding)
-        )
+        return self._run(flows.record(self._context, tenant, attributes, usage, record_id, quality, facts, funding))
 
     def adjust(
         self,
@@ -479,7 +475,8 @@ class Meter(_Meter):
                 return done
             except MeterError as error:
                 self._not_replayed(settlement, error)
-        self._journal.drop(len(waiting))
+        if waiting:
+            self._journal.drop(len(waiting))
         return len(waiting)
 
     def _run(self, flow: Flow[T]) -> T:
@@ -502,8 +499,7 @@ class Meter(_Meter):
         while not self._stop.wait(self._sweep_interval_ms / 1000 / self.shards):
             try:
                 cursors[shard] = self._driver.run(flows.sweep_piece(self._context, shard, cursors[shard]))
-                if self._journal is not None and self._journal.pending():
-                    self.replay()
+                self.replay()
                 failed = False
             except Exception as error:
                 if not failed and not self._closed:
@@ -706,7 +702,8 @@ class AsyncMeter(_Meter):
                 return done
             except MeterError as error:
                 self._not_replayed(settlement, error)
-        await asyncio.to_thread(self._journal.drop, len(waiting))
+        if waiting:
+            await asyncio.to_thread(self._journal.drop, len(waiting))
         return len(waiting)
 
     async def _run(self, flow: Flow[T]) -> T:
@@ -725,8 +722,7 @@ class AsyncMeter(_Meter):
             await asyncio.sleep(self._sweep_interval_ms / 1000 / self.shards)
             try:
                 cursors[shard] = await self._driver.run(flows.sweep_piece(self._context, shard, cursors[shard]))
-                if self._journal is not None and await asyncio.to_thread(self._journal.pending):
-                    await self.replay()
+                await self.replay()
                 failed = False
             except Exception as error:
                 if not failed and not self._closed:

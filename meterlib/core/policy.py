@@ -168,7 +168,9 @@ def _check_limit(limit: Limit, path: str) -> None:
     if not isinstance(limit, Limit):
         raise PolicyError(path, f"a Limit is needed, not {type(limit).__name__}")
     if not isinstance(limit.name, str) or not _NAME.fullmatch(limit.name):
-        raise PolicyError(f"{path}.name", f"{limit.name!r:.80} is no name: a letter, then up to 63 of A-Z a-z 0-9 _ . -")
+        raise PolicyError(
+            f"{path}.name", f"{limit.name!r:.80} is no name: a letter, then up to 63 of A-Z a-z 0-9 _ . -"
+        )
     _check_quota(limit.quota, f"{path}.quota")
     if not isinstance(limit.unit, str) or not _UNIT.fullmatch(limit.unit):
         raise PolicyError(f"{path}.unit", f"{limit.unit!r:.80} is no unit: lower-case letters, digits and _")
@@ -279,9 +281,7 @@ class BoundLimit:
         if not period.start_ms <= now_ms < period.end_ms:
             period = self._period = period_at(limit.period, limit.tz, now_ms)  # type: ignore[arg-type]
         field = f"{self.window_field}/{period.label}"
-        return LimitArguments(
-            field, limit.unit, amount, *self._rest, period.start_ms, period.end_ms, limit.on_expiry
-        )
+        return LimitArguments(field, limit.unit, amount, *self._rest, period.start_ms, period.end_ms, limit.on_expiry)
 
 
 class CompiledPolicy:

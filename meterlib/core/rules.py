@@ -212,8 +212,15 @@ class Work:
         return expired
 
     def append(
-        self, kind: str, after: str, record_field: str, reserved_at_ms: int, call_facts: bytes, estimate: bytes,
-        outcome: bytes, digest: str,
+        self,
+        kind: str,
+        after: str,
+        record_field: str,
+        reserved_at_ms: int,
+        call_facts: bytes,
+        estimate: bytes,
+        outcome: bytes,
+        digest: str,
     ) -> None:
         self.number += 1
         self.entries.append(
@@ -230,7 +237,13 @@ class Work:
         self.released.append(record_field)
 
     def finish(
-        self, kind: str, after: str, record_field: str, reservation: Reservation, outcome: bytes, digest: str,
+        self,
+        kind: str,
+        after: str,
+        record_field: str,
+        reservation: Reservation,
+        outcome: bytes,
+        digest: str,
         left: Reservation | None = None,
     ) -> None:
         self.append(
@@ -511,21 +524,25 @@ def sweep(work: Work, operation: Sweep) -> Reply:
     return ["swept", work.now_ms, expired, overdue, len(slid_out), 0]
 
 
-_READ_ONLY = {"peek": peek, "find": find}
-_WRITING = {"settle": settle, "record": record, "cancel": cancel, "revise": revise}
+_READ_ONLY: dict[str, Callable[[Work, Any], Reply]] = {"peek": peek, "find": find}
+_WRITING: dict[str, Callable[[Work, Any], Reply]] = {
+    "reserve": reserve,
+    "settle": settle,
+    "record": record,
+    "cancel": cancel,
+    "revise": revise,
+}
 
 
 def run(name: str, work: Work, operations: Sequence[Any]) -> list[Reply]:
     """Run the script of this name on a batch of operations, as the server would."""
     if name in _READ_ONLY:
-        look: Callable[[Work, Any], Reply] = _READ_ONLY[name]
-        return [look(work, operation) for operation in operations]
+        return [_READ_ONLY[name](work, operation) for operation in operations]
     if name == "sweep":
         return [sweep(work, operation) for operation in operations]
     swept = name != "reserve" or any(lease[0] <= work.now_ms for lease in work.shard.leases)
     if swept:
         work.sweep(work.sweep_max)
-    verb: Callable[[Work, Any], Reply] = reserve if name == "reserve" else _WRITING[name]
-    replies = [verb(work, operation) for operation in operations]
+    replies = [_WRITING[name](work, operation) for operation in operations]
     work.commit(books=swept)
     return replies

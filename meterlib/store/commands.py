@@ -20,11 +20,11 @@ class Call(NamedTuple):
 
 
 class ReadLedger(NamedTuple):
-    """Entries of a shard behind number `after`, at most `count`; answered by a list of (n, fields)."""
+    """Entries of a shard behind number `after`, at most `limit`; answered by a list of (n, fields)."""
 
     shard: int
     after: int
-    count: int
+    limit: int
 
 
 class ReadHead(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from meterlib.errors import EmbeddedError, InvalidInput
+from meterlib.errors import InvalidInput
 from meterlib.store.drivers import (
     AsyncDriver,
     AsyncMemoryDriver,
@@ -42,8 +42,10 @@ def driver_for_url(url: str, options: StoreOptions, clock: Clock | None, face: F
             raise InvalidInput("url", str(error)) from None
         return embedded_driver(server, options, clock, face)
     try:
-        client = _cluster(url, options, face) if scheme.endswith("+cluster") else (
-            _sentinel(url, options, face) if scheme == "redis+sentinel" else _single(url, options, face)
+        client = (
+            _cluster(url, options, face)
+            if scheme.endswith("+cluster")
+            else (_sentinel(url, options, face) if scheme == "redis+sentinel" else _single(url, options, face))
         )
     except ValueError as error:
         raise InvalidInput("url", f"cannot be understood: {_without(url, str(error))}") from None
@@ -71,8 +73,7 @@ def driver_for_client(client: Any, options: StoreOptions, clock: Clock | None, f
 def embedded_driver(server: EmbeddedServer, options: StoreOptions, clock: Clock | None, face: Face) -> Any:
     """A driver whose server is started, or joined, at the first call, and taken over when its owner is gone."""
     client = _pooled(face, options, "unix", path=str(server.socket_path))
-    driver = (SyncDriver if face == "sync" else AsyncDriver)(client, options, clock)
-    driver.recover = server.ensure
+    driver: SyncDriver | AsyncDriver = (SyncDriver if face == "sync" else AsyncDriver)(client, options, clock)
     driver.server = server
     return driver
 
@@ -119,11 +120,13 @@ def _sentinel(url: str, options: StoreOptions, face: Face) -> Any:
     hosts, (service, _, database) = parts.netloc.rpartition("@")[2], parts.path.strip("/").partition("/")
     if not service:
         raise ValueError("the service's name is missing: redis+sentinel://host:26379/SERVICE")
-    nodes = [(host or "localhost", int(port or 26379)) for host, _, port in (n.partition(":") for n in hosts.split(","))]
+    nodes = [
+        (host or "localhost", int(port or 26379)) for host, _, port in (n.partition(":") for n in hosts.split(","))
+    ]
     settings = _settings(options, face) | {"username": parts.username, "password": parts.password}
-    return Sentinel(nodes, sentinel_kwargs=_settings(options, face)).master_for(
-        service, db=int(database or 0), **settings
-    )
+    sentinel: Any = Sentinel
+    watchers = sentinel(nodes, sentinel_kwargs=_settings(options, face))
+    return watchers.master_for(service, db=int(database or 0), **settings)
 
 
 def _settings(options: StoreOptions, face: Face) -> dict[str, Any]:
@@ -146,6 +149,3 @@ def _without(url: str, message: str) -> str:
     """A message about a URL without the URL's credentials."""
     credentials = urlsplit(url).netloc.rpartition("@")[0]
     return message.replace(url, "the URL").replace(credentials, "***") if credentials else message
-
-
-__all__ = ["EmbeddedError", "driver_for_client", "driver_for_url", "embedded_driver"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -15,6 +15,7 @@ from meterlib.core import rules
 from meterlib.core.operations import Argument, Reply
 from meterlib.errors import MeterError, StoreCorrupt, StoreUnavailable
 from meterlib.store.commands import Call, Command, Flow, ReadHead, ReadLedger, ReadOwners, ReadWindows, ShardHead
+from meterlib.store.embedded import EmbeddedServer
 from meterlib.store.faults import Attempts
 from meterlib.store.keys import layout, shard_keys
 from meterlib.store.scripts import Script, script
@@ -85,7 +86,7 @@ class _Calls:
         raise StoreUnavailable(name, f"an answer that is none: {replies!r:.80}")
 
     def ledger_page(self, command: ReadLedger) -> tuple[Argument, ...]:
-        return ("XRANGE", self._keys[command.shard][3], f"{command.after + 1}-0", "+", "COUNT", command.count)
+        return ("XRANGE", self._keys[command.shard][3], f"{command.after + 1}-0", "+", "COUNT", command.limit)
 
     def owners_page(self, command: ReadOwners, cursor: Argument) -> tuple[Argument, ...]:
         leases = self._keys[command.shard][1]
@@ -113,7 +114,7 @@ class SyncDriver:
         self.client = client
         self.options = options
         self._calls = _Calls(options, clock, plain=plain)
-        self.recover: Callable[[], None] | None = None
+        self.server: EmbeddedServer | None = None
 
     def run(self, flow: Flow[T]) -> T:
         """Run a flow to its result; failures are thrown into it."""
@@ -178,8 +179,8 @@ class SyncDriver:
                 self._pause(attempts.pause_s(error))
 
     def _pause(self, seconds: float) -> None:
-        if self.recover:
-            self.recover()
+        if self.server:
+            self.server.ensure()
         time.sleep(seconds)
 
     def close(self) -> None:
@@ -193,7 +194,7 @@ class AsyncDriver:
         self.client = client
         self.options = options
         self._calls = _Calls(options, clock, plain=plain)
-        self.recover: Callable[[], None] | None = None
+        self.server: EmbeddedServer | None = None
 
     async def run(self, flow: Flow[T]) -> T:
         """Run a flow to its result; failures are thrown into it."""
@@ -258,8 +259,8 @@ class AsyncDriver:
                 await self._pause(attempts.pause_s(error))
 
     async def _pause(self, seconds: float) -> None:
-        if self.recover:
-            await asyncio.to_thread(self.recover)
+        if self.server:
+            await asyncio.to_thread(self.server.ensure)
         await asyncio.sleep(seconds)
 
     async def aclose(self) -> None:
@@ -319,7 +320,7 @@ class MemoryDriver:
                 return [field for _, field in shard.leases if field.endswith(f"/{command.reservation_id}")]
             if isinstance(command, ReadWindows):
                 return sorted(field for field in shard.windows if field.startswith(f"w/{command.tenant}/"))
-            page = [entry for entry in shard.ledger if entry["n"] > command.after][: command.count]
+            page = [entry for entry in shard.ledger if entry["n"] > command.after][: command.limit]
             return [(entry["n"], stored_fields(entry)) for entry in page]
 
     def call(self, name: str, shard: int, operations: Sequence[Any], sweep_max: int | None = None) -> list[Reply]:
@@ -371,5 +372,5 @@ def head_of(head: bytes | None, first: Any, last: Any, length: int, open_reserva
     epoch, clock_ms, number = "", 0, 0
     if head:
         clock_ms, number, epoch = int(head[:13]), int(head[26:42]), head[42:55].decode()
-    ends = [int(page[0][0].partition(b"-")[0]) if page else 0 for page in (first, last)]
-    return ShardHead(epoch, clock_ms, number, *ends, length, open_reservations)
+    first_n, last_n = (int(page[0][0].partition(b"-")[0]) if page else 0 for page in (first, last))
+    return ShardHead(epoch, clock_ms, number, first_n, last_n, length, open_reservations)

@@ -80,7 +80,9 @@ def corrupt(operation: str, text: str) -> MeterError:
             " was kept; nothing was written. Restore both from one backup, or use another prefix"
         )
     if "WRONGTYPE" in text:
-        return StoreCorrupt(f"{operation}: a key of this prefix holds a foreign type; nothing was written ({text[:200]})")
+        return StoreCorrupt(
+            f"{operation}: a key of this prefix holds a foreign type; nothing was written ({text[:200]})"
+        )
     return StoreRefused(operation, text[:300])
 
 

@@ -90,7 +90,7 @@ class Granted(msgspec.Struct, kw_only=True):
     expires_at_ms: int
     limits: tuple[LimitState, ...]
     metered: bool = True
-    
+
 
 class Found(msgspec.Struct, frozen=True, kw_only=True):
     """Where a reservation stands: `open`, or how it ended; times in ms since 1970 UTC."""
@@ -365,9 +365,7 @@ def cancel(context: Context, tenant: str, reservation_id: str) -> Flow[None]:
     """Free the whole hold; see `Meter.cancel`."""
     check_tenant(tenant)
     check_id(reservation_id)
-    reply: Reply = yield Call(
-        "cancel", context.shard_of(tenant), Cancel(reservation_field(tenant, reservation_id))
-    )
+    reply: Reply = yield Call("cancel", context.shard_of(tenant), Cancel(reservation_field(tenant, reservation_id)))
     if _status(reply) == "ended":
         raise ReservationEnded(reservation_id, _text(reply[2]))
 
@@ -381,9 +379,7 @@ def find(context: Context, tenant: str, reservation_id: str) -> Flow[Found]:
     if status == "absent":
         raise ReservationNotFound(reservation_id)
     if status == "open" or len(reply) == 6:
-        return Found(
-            id=reservation_id, status=status, reserved_at_ms=int(reply[2]), expires_at_ms=int(reply[3])
-        )
+        return Found(id=reservation_id, status=status, reserved_at_ms=int(reply[2]), expires_at_ms=int(reply[3]))
     return Found(
         id=reservation_id,
         status=status,
@@ -408,9 +404,7 @@ def record(
     check_attributes(attributes)
     _check_usage(usage)
     taken_id = new_id() if record_id is None else check_id(record_id, "record_id")
-    call_facts = CallFacts(
-        tenant=tenant, attributes=attributes, funding=funding or context.compiled.funding_of(tenant)
-    )
+    call_facts = CallFacts(tenant=tenant, attributes=attributes, funding=funding or context.compiled.funding_of(tenant))
     bound = context.compiled.limits_of(tenant, attributes)
     outcome = _outcome(usage, quality, facts)
     entry: LedgerEntry = yield from _write(context, "recorded", taken_id, call_facts, outcome, bound, usage)
@@ -418,7 +412,12 @@ def record(
 
 
 def adjust(
-    context: Context, entry: LedgerEntry, difference: Mapping[str, object], reason: str, actor: str, adjust_id: str | None
+    context: Context,
+    entry: LedgerEntry,
+    difference: Mapping[str, object],
+    reason: str,
+    actor: str,
+    adjust_id: str | None,
 ) -> Flow[LedgerEntry]:
     """Book a signed correction of an entry; see `Meter.adjust`."""
     check_text(reason, "reason", 256)
@@ -619,4 +618,3 @@ def _text(word: Any) -> str:
 
 def _bytes(word: Any) -> bytes:
     return word.encode() if isinstance(word, str) else bytes(word)
-

@@ -1,4 +1,4 @@
-"""The scripts, on a real server and on fakeredis, and their pure twin answer any history alike; a judge watches them."""
+"""Any history is answered alike by the scripts, on a real server and on fakeredis, and by their pure twin."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class Histories(RuleBasedStateMachine):
 
     def call(self, name: str, operations: list[Any], sweep_max: int | None = None) -> list[list[Any]]:
         seen = len(self.shard.ledger)
-        replies = plain(self.twin.call(name, 0, operations, sweep_max))
+        replies: list[list[Any]] = plain(self.twin.call(name, 0, operations, sweep_max))
         for driver in self.scripts:
             assert replies == plain(driver.call(name, 0, operations, sweep_max))
         assert self.shard.clock_ms >= self.now_ms, "time went back"
@@ -147,9 +147,12 @@ class Histories(RuleBasedStateMachine):
                 self.judge.denied(pairs, reply[2::6], now_ms)
             elif status in ("open", "conflict"):
                 assert self.judge.calls[field].status == "open"
-        if all(reply[0] != "reserved" for reply in self.replies_of(operations)) and len(self.shard.ledger) == len(
-            untouched.ledger
-        ) and self.shard.ended == untouched.ended and self.shard.leases == untouched.leases:
+        if (
+            all(reply[0] != "reserved" for reply in self.replies_of(operations))
+            and len(self.shard.ledger) == len(untouched.ledger)
+            and self.shard.ended == untouched.ended
+            and self.shard.leases == untouched.leases
+        ):
             assert before == self.dump(self.fake), "a denied call changed something"
         if count == 1:
             self.check_retry(operations[0])
@@ -158,7 +161,8 @@ class Histories(RuleBasedStateMachine):
         """What the same calls would be told now: open if they were just admitted."""
         shard = copy.deepcopy(self.shard)
         work = rules.Work(shard, self.clock.now_ms, "1/1", 0, OPTIONS.retention_ms)
-        return [["reserved"] if reply[0] == "open" else plain(reply) for reply in rules.run("reserve", work, operations)]
+        replies = rules.run("reserve", work, operations)
+        return [["reserved"] if reply[0] == "open" else plain(reply) for reply in replies]
 
     def check_retry(self, operation: Reserve) -> None:
         """After the time that a denial names the call passes if nobody else ran; 1 ms earlier it does not."""
@@ -324,5 +328,3 @@ def test_any_history_is_answered_alike_on_redis_7(redis7: Server) -> None:
 def test_long_histories_are_answered_alike(valkey: Server) -> None:
     """Many more and longer histories, as far as the time allows."""
     run(valkey, max(20, int(soak_seconds() * 4)), 80)
-
-
