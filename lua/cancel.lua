@@ -26,7 +26,8 @@ for position = 1, #fields - 2 do
   if past and past.kind ~= 'cancelled' then
     replies[position] = {'ended', now_ms, past.kind}
   elseif past then
-    replies[position] = {'repeated', now_ms, tonumber(past.number), tonumber(past.reserved_at), tonumber(past.booked_at)}
+    replies[position] = {'repeated', now_ms, tonumber(past.number), tonumber(past.reserved_at),
+      tonumber(past.booked_at)}
   elseif not reservation then
     finish(field, ended_record_of('cancelled', '0', '0', ''))
     replies[position] = {'cancelled', now_ms, 0, 0, now_ms}

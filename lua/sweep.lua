@@ -1,4 +1,4 @@
--- sweep.lua: expire what is overdue, forget what ended long ago, drop windows that have slid out; a bounded piece of it.
+-- sweep.lua: expire what is overdue, forget what ended long ago, drop windows that have slid out; a bounded piece.
 --
 -- One operation a call. Reply: {status, now, expired, overdue, forgotten, dropped, cursor}: how many reservations
 -- expired, how many are still overdue, and how many windows were dropped; cursor is where to go on (0: once around).

@@ -5,9 +5,9 @@
     ├── ReservationConflict    the caller's: the same id with another payload, or an id of another tenant
     ├── ReservationEnded       the caller's: the reservation was already settled, cancelled or has expired
     ├── ReservationNotFound    the caller's: no such reservation; never made, or forgotten
-    ├── InvalidInput(field)    the caller's: a tenant, attribute, id or amount that is not acceptable; nothing was written
+    ├── InvalidInput(field)    the caller's: a tenant, attribute, id or amount that is not valid; nothing was written
     ├── UsageError             the caller's: a meter used after its close, or a sync meter where an async one belongs
-    ├── PolicyError(path)      the operator's: a setting that is not acceptable; found when loading, never while serving
+    ├── PolicyError(path)      the operator's: a setting that is not valid; found when loading, never while serving
     └── StoreError             the world's
         ├── StoreUnavailable   did not answer in time: the outcome is unknown, and every verb is safe to repeat
         ├── StoreRefused       said no, so nothing was written: out of memory, disk full, no permission

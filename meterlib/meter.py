@@ -302,7 +302,7 @@ class Meter(_Meter):
             tenant: whose reservation it is.
             reservation_id: its id.
             usage: the better estimate.
-            revision: the caller's number of this revision, from 1 up: one that arrives late changes nothing. 0: the next.
+            revision: the caller's number of this revision, from 1 up: one that is late changes nothing. 0: the next.
 
         Raises:
             ReservationNotFound, ReservationEnded: there is nothing to revise.
@@ -562,8 +562,8 @@ class AsyncReservation(_Held):
 class AsyncMeter(_Meter):
     """The `Meter` for asyncio: the same verbs, awaited.
 
-    A cancelled `await` leaves the outcome unknown, and nothing else is harmed: repeat the verb under the same id, or let
-    the lease end. An async context manager; otherwise await `aclose()`.
+    A cancelled `await` leaves the outcome unknown, and nothing else is harmed: repeat the verb under the same id, or
+    let the lease end. An async context manager; otherwise await `aclose()`.
     """
 
     _face = "async"

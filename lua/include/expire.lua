@@ -1,7 +1,7 @@
 -- expire: reservations whose lease ran out.
 --
--- A sliding window keeps the hold until it slides out, a concurrency slot is free, and a period keeps the hold, or frees
--- it: then the hold stood at the end of the lease and is gone by itself.
+-- A sliding window keeps the hold until it slides out, a concurrency slot is free, and a period keeps the hold, or
+-- frees it: then the hold stood at the end of the lease and is gone by itself.
 
 local function expire(field, reservation)
   for _, hold in ipairs(reservation.holds) do

@@ -1,7 +1,7 @@
 -- limit: the times at which a hold, and later what was settled, stand in the window of the limit at ARGV[limit].
 --
--- The second is '0' where nothing is settled (open reservations). A period's hold that the lease's end shall free stands
--- at that end.
+-- The second is '0' where nothing is settled (open reservations). A period's hold that the lease's end shall free
+-- stands at that end.
 
 local function times_of(limit, expires_at_ms)
   local sub_window_ms = tonumber(ARGV[limit + 7])  -- ms    resolution of a sliding window; else 0

@@ -1,4 +1,4 @@
--- shard: one unit of work on one shard. Fields of its state are read in one command, kept, and written in one at the end.
+-- shard: one unit of work on one shard: fields of its state are read in one command, and written in one at the end.
 --
 -- That HSET is the commit point. What has to follow it elsewhere (ledger entries, leases, ended ids) is noted in the
 -- field `pending` by the same HSET, done right afterwards and struck out. Redis never rolls back: should a script fail

@@ -48,7 +48,9 @@ local function charge(window, time, settled, held)
     to = sub(log, from, from + 12) == time and from + 44 or from - 1
   end
   local old_settled, old_held = 0, 0
-  if from < to then old_settled, old_held = tonumber(sub(log, from + 13, from + 28)), tonumber(sub(log, from + 29, to)) end
+  if from < to then
+    old_settled, old_held = tonumber(sub(log, from + 13, from + 28)), tonumber(sub(log, from + 29, to))
+  end
   if held < -old_held then held = -old_held end
   if settled < -old_settled then settled = -old_settled end
   local room = 9007199254740991 - window.settled - window.held

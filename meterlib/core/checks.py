@@ -83,7 +83,7 @@ def check_lease_ms(lease_ms: object) -> int:
     """Return `lease_ms` if it is an integer from 1 ms to 24 hours."""
     if type(lease_ms) is not int or not 1 <= lease_ms <= LEASE_MS_MAX:
         raise InvalidInput(
-            "lease_ms", f"an integer from 1 to {LEASE_MS_MAX} (24 hours) is needed, not {lease_ms!r:.40}"
+            "lease_ms", f"an integer from 1 to {LEASE_MS_MAX} (24 h) is needed, not {lease_ms!r:.40}"
         )
     return lease_ms
 

@@ -55,9 +55,9 @@ class LedgerEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     Attributes:
         shard: which of the store's ledgers it stands in.
         n: its number there; numbers of a shard have no gap.
-        kind: `settled`, `cancelled` (nothing was sent), `expired` (never settled; `estimate` says what was held), `late`
-            (usage that came after the reservation had ended, or of one that is unknown), `recorded` (usage that had
-            none), `adjusted` (a signed correction).
+        kind: `settled`, `cancelled` (nothing was sent), `expired` (never settled; `estimate` says what was held),
+            `late` (usage that came after the reservation had ended, or of one that is unknown), `recorded` (usage
+            that had none), `adjusted` (a signed correction).
         after: of a `late` entry: what the reservation was before: `expired`, `cancelled` or `unknown`.
         reservation_id: the caller's id of the call.
         tenant: who is charged.
@@ -69,8 +69,8 @@ class LedgerEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
         facts: what else the caller told at settlement, such as the provider's request id.
         reserved_at: ms since 1970 UTC, by the server's clock; 0 where there was no reservation.
         booked_at: ms since 1970 UTC; entries of a shard are in this order.
-        epoch: the ledger's epoch, in entries that were read from it; another one means that the ledger lost its tail and
-            was begun anew.
+        epoch: the ledger's epoch, in entries that were read from it; another one means that the ledger lost its
+            tail and was begun anew.
         adjusts: of `adjusted`: the entry it corrects, as `shard:n`; with `reason` and `actor`.
     """
 

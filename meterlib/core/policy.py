@@ -317,7 +317,7 @@ class CompiledPolicy:
 
 
 def encoded(text: str) -> str:
-    """`text` with all but letters, digits and `-._~@` as %XX: no separator, brace or space is left, and none collide."""
+    """`text` with all but letters, digits and `-._~@` as %XX: no separator or brace is left, and none collide."""
     return quote(text, safe="-._~@")
 
 

@@ -1,7 +1,7 @@
 """The pure twin of every script in `lua/`: the same name, the same operations, the same replies, bit for bit.
 
-To be read as the specification, to be compared with the scripts by tests, and to be the store of `memory://`. It favours
-the plainest way to say a thing; the scripts favour the fewest commands.
+To be read as the specification, to be compared with the scripts by tests, and to be the store of `memory://`. It
+favours the plainest way to say a thing; the scripts favour the fewest commands.
 """
 
 from __future__ import annotations
@@ -411,9 +411,10 @@ def settle(work: Work, operation: Settle) -> Reply:
 
 
 def book(work: Work, operation: Settle, kind: str, after: str, reservation: Reservation) -> Reply:
+    """Append the entry of a settlement."""
     work.finish(kind, after, operation.field, reservation, operation.outcome, operation.digest)
     reply: Reply = ["settled", work.now_ms, kind, work.number, reservation.reserved_at_ms, work.now_ms, after]
-    return reply + [reservation.call_facts, reservation.estimate] if operation.echo == "yes" else reply
+    return [*reply, reservation.call_facts, reservation.estimate] if operation.echo == "yes" else reply
 
 
 def record(work: Work, operation: Record) -> Reply:

@@ -53,8 +53,8 @@ class ReadWindows(NamedTuple):
 class ShardHead(NamedTuple):
     """A shard's own numbers.
 
-    `last_number` is the state's word for the last ledger entry and `ledger_last` the ledger's own; they differ if one of
-    them was tampered with or lost its tail.
+    `last_number` is the state's word for the last ledger entry and `ledger_last` the ledger's own; they differ if one
+    of them was tampered with or lost its tail.
     """
 
     epoch: str

@@ -1,4 +1,4 @@
-"""Drivers run flows: against redis-py (sync and async, the same but for `await`), or against the pure twin in memory."""
+"""Drivers run flows: against redis-py (sync and async, the same but for `await`), or the pure twin in memory."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def corrupt(operation: str, text: str) -> MeterError:
         )
     if "WRONGTYPE" in text:
         return StoreCorrupt(
-            f"{operation}: a key of this prefix holds a foreign type; nothing was written ({text[:200]})"
+            f"{operation}: a key of this prefix is of a foreign type; nothing was written ({text[:200]})"
         )
     return StoreRefused(operation, text[:300])
 

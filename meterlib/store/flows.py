@@ -517,9 +517,9 @@ def partitions(context: Context, tenant: str) -> Flow[list[Partition]]:
         if attributes is not None:
             known.setdefault(attributes, set()).add(name)
     # A window says which attributes partition it, and no longer which calls it matched: that is settled.
-    matching = Policy(limits=tuple(msgspec.structs.replace(limit, match={}) for limit in context.policy.limits),
-                      tenants=context.policy.tenants)  # fmt: skip
-    everything = Context(matching, context.options, context.clock, context.when_down)
+    unmatched = tuple(msgspec.structs.replace(limit, match={}) for limit in context.policy.limits)
+    policy = Policy(limits=unmatched, tenants=context.policy.tenants)
+    everything = Context(policy, context.options, context.clock, context.when_down)
     found: list[Partition] = []
     for attributes, names in sorted(known.items()):
         states = yield from peek(everything, tenant, dict(attributes))

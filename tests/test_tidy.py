@@ -1,0 +1,136 @@
+"""The house rules that nobody has to remember: which way imports point, and that nothing is written twice."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import meterlib
+from meterlib.core import rules
+from meterlib.store import scripts
+
+ROOT = Path(meterlib.__file__).parent
+LUA = scripts.lua_folder()
+VERBS = sorted(path.stem for path in LUA.glob("*.lua"))
+
+MAY_IMPORT = {
+    "core": {"core", "errors"},
+    "store": {"core", "errors", "store"},
+    "meter": {"core", "errors", "store"},
+    "testing": {"core", "errors", "meter"},
+    "config": {"core", "errors", "meter", "store"},
+    "billing": {"billing", "core", "errors", "store"},
+    "gateway": {"core", "errors", "gateway", "meter"},
+    "demo": {"billing", "core", "demo", "errors", "gateway", "meter", "store"},
+}
+IMPURE = {"asyncio", "datetime.now", "os", "random", "redis", "secrets", "socket", "subprocess", "threading", "time"}
+
+
+def modules() -> list[tuple[str, ast.Module]]:
+    return [
+        (path.relative_to(ROOT).as_posix(), ast.parse(path.read_text())) for path in sorted(ROOT.rglob("*.py"))
+    ]
+
+
+def imported(tree: ast.Module) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_imports_point_one_way() -> None:
+    """Whoever reads the core need not know the store, and whoever reads the store need not know its users."""
+    for name, tree in modules():
+        part = name.split("/")[0].removesuffix(".py")
+        if part not in MAY_IMPORT or name == "core/policy.py":
+            continue
+        parts = {module.split(".")[1] for module in imported(tree) if module.startswith("meterlib.")}
+        parts = {module for module in parts if module.islower()}  # `from meterlib import Meter` is anybody's
+
+        assert parts <= MAY_IMPORT[part], f"{name} imports {sorted(parts - MAY_IMPORT[part])}"
+
+
+def test_the_core_is_pure() -> None:
+    """No clock, no I/O, no randomness and no redis in the core."""
+    for name, tree in modules():
+        if name.startswith("core/"):
+            roots = {module.split(".")[0] for module in imported(tree)}
+
+            assert not roots & IMPURE, f"{name} imports {sorted(roots & IMPURE)}"
+
+
+def test_only_the_store_knows_redis() -> None:
+    """Another client library or another store would be one folder's matter."""
+    for name, tree in modules():
+        if not name.startswith(("store/", "cli/doctor", "demo/")):
+            assert "redis" not in {module.split(".")[0] for module in imported(tree)}, name
+
+
+def test_sync_and_async_faces_have_the_same_verbs() -> None:
+    """Who knows Meter knows AsyncMeter."""
+    for plain, awaited in [
+        (meterlib.Meter, meterlib.AsyncMeter),
+        (meterlib.Reservation, meterlib.AsyncReservation),
+    ]:
+        for name, method in inspect.getmembers(plain, inspect.isfunction):
+            if name.startswith("_") or name == "close":
+                continue
+            twin = getattr(awaited, name)
+
+            assert list(inspect.signature(method).parameters.values()) == list(
+                inspect.signature(twin).parameters.values()
+            ), name
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_script_is_called_by_the_names_in_its_header(verb: str) -> None:
+    """A wrong or missing name fails before the store is touched."""
+    text = scripts.expand(verb)
+    scripts.check_contract(verb, text)
+    binding = next(iter(scripts.bindings(text)))[2]
+
+    with pytest.raises(scripts.ContractError, match=binding):
+        scripts.check_contract(verb, re.sub(rf"local {binding}( +)=", rf"local wrong_name\1=", text, count=1))
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_script_has_a_twin_of_its_name(verb: str) -> None:
+    """Each rule can be read in Python."""
+    assert callable(getattr(rules, verb))
+
+
+@pytest.mark.parametrize("path", sorted(LUA.rglob("*.lua")), ids=lambda path: path.name)
+def test_scripts_keep_off_what_differs_between_servers(path: Path) -> None:
+    """Numbers are formatted whole, keys are declared, and nothing is used that fakeredis or Redis 7.0 lack."""
+    text = path.read_text()
+
+    assert text.startswith(f"-- {path.stem}") or text.startswith(f"-- {path.name}")
+    assert not re.search(r"cjson|cmsgpack|struct\.|bit\.|sha1hex|tostring|KEYS\[[^1-4]", text)
+    assert not re.search(r"'(GET|SET|HSET|HGET|ZADD|XADD)', *'", text), "a key by name"
+    assert max(len(line) for line in text.splitlines()) <= 120
+
+
+def test_no_function_outgrows_a_screen() -> None:
+    """Functions can be read without scrolling."""
+    for name, tree in modules():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0  # type: ignore[operator]
+
+                assert lines <= 60, f"{name}: {node.name} has {lines} lines"
+
+
+def test_every_module_opens_with_a_sentence() -> None:
+    """What a file holds is said in its first line."""
+    for name, tree in modules():
+        assert ast.get_docstring(tree), name
