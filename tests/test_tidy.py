@@ -99,7 +99,7 @@ def test_every_script_is_called_by_the_names_in_its_header(verb: str) -> None:
     binding = next(iter(scripts.bindings(text)))[2]
 
     with pytest.raises(scripts.ContractError, match=binding):
-        scripts.check_contract(verb, re.sub(rf"local {binding}( +)=", rf"local wrong_name\1=", text, count=1))
+        scripts.check_contract(verb, re.sub(rf"local {binding}( +)=", r"local wrong_name\1=", text, count=1))
 
 
 @pytest.mark.parametrize("verb", VERBS)
