@@ -84,7 +84,7 @@ def _single(url: str, options: StoreOptions, face: Face) -> Any:
     else:
         from redis import BlockingConnectionPool, Redis  # type: ignore[assignment]
     pool = BlockingConnectionPool.from_url(url, **_settings(options, face), **_pool_settings(options))
-    return Redis(connection_pool=pool)
+    return Redis.from_pool(pool)
 
 
 def _pooled(face: Face, options: StoreOptions, kind: Literal["unix"], path: str) -> Any:
@@ -97,7 +97,7 @@ def _pooled(face: Face, options: StoreOptions, kind: Literal["unix"], path: str)
     pool = BlockingConnectionPool(
         connection_class=UnixDomainSocketConnection, path=path, **settings, **_pool_settings(options)
     )
-    return Redis(connection_pool=pool)
+    return Redis.from_pool(pool)
 
 
 def _cluster(url: str, options: StoreOptions, face: Face) -> Any:

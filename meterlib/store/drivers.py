@@ -16,8 +16,8 @@ from meterlib.core.operations import Argument, Reply
 from meterlib.errors import MeterError, StoreCorrupt, StoreUnavailable
 from meterlib.store.commands import Call, Command, Flow, ReadHead, ReadLedger, ReadOwners, ReadWindows, ShardHead
 from meterlib.store.embedded import EmbeddedServer
-from meterlib.store.faults import Attempts
-from meterlib.store.keys import layout, shard_keys
+from meterlib.store.faults import Attempts, corrupt
+from meterlib.store.keys import layout, layout_key, shard_keys
 from meterlib.store.scripts import Script, script
 
 T = TypeVar("T")
@@ -115,6 +115,7 @@ class SyncDriver:
         self.options = options
         self._calls = _Calls(options, clock, plain=plain)
         self.server: EmbeddedServer | None = None
+        self._layout_checked = False
 
     def run(self, flow: Flow[T]) -> T:
         """Run a flow to its result; failures are thrown into it."""
@@ -156,6 +157,8 @@ class SyncDriver:
 
     def call(self, name: str, shard: int, operations: Sequence[Any], sweep_max: int | None = None) -> list[Reply]:
         """Run a batch of operations of one script on one shard, in one call."""
+        if not self._layout_checked:
+            self._check_layout()
         _, text, sha = self._calls.script(name)
         arguments = self._calls.arguments(shard, operations, sweep_max)
         attempts: Attempts | None = None
@@ -178,6 +181,17 @@ class SyncDriver:
             except (RedisError, OSError) as error:
                 self._pause(attempts.pause_s(error))
 
+    def _check_layout(self) -> None:
+        """Tenants are spread over shards by their number: nobody may use the store with another one."""
+        key, own = layout_key(self.options.prefix), layout(self.options.shards)
+        stored = self._retrying("layout", "GET", key)
+        if stored is None:
+            self._retrying("layout", "SETNX", key, own)
+            stored = self._retrying("layout", "GET", key)
+        if stored.decode() != own:
+            raise corrupt("layout", f"METERLIB_LAYOUT {stored.decode()} is the layout of the store, not {own}")
+        self._layout_checked = True
+
     def _pause(self, seconds: float) -> None:
         if self.server:
             self.server.ensure()
@@ -195,6 +209,7 @@ class AsyncDriver:
         self.options = options
         self._calls = _Calls(options, clock, plain=plain)
         self.server: EmbeddedServer | None = None
+        self._layout_checked = False
 
     async def run(self, flow: Flow[T]) -> T:
         """Run a flow to its result; failures are thrown into it."""
@@ -236,6 +251,8 @@ class AsyncDriver:
 
     async def call(self, name: str, shard: int, operations: Sequence[Any], sweep_max: int | None = None) -> list[Reply]:
         """Run a batch of operations of one script on one shard, in one call."""
+        if not self._layout_checked:
+            await self._check_layout()
         _, text, sha = self._calls.script(name)
         arguments = self._calls.arguments(shard, operations, sweep_max)
         attempts: Attempts | None = None
@@ -257,6 +274,17 @@ class AsyncDriver:
                 return await self.client.execute_command(*words, NEVER_DECODE=True)
             except (RedisError, OSError) as error:
                 await self._pause(attempts.pause_s(error))
+
+    async def _check_layout(self) -> None:
+        """Tenants are spread over shards by their number: nobody may use the store with another one."""
+        key, own = layout_key(self.options.prefix), layout(self.options.shards)
+        stored = await self._retrying("layout", "GET", key)
+        if stored is None:
+            await self._retrying("layout", "SETNX", key, own)
+            stored = await self._retrying("layout", "GET", key)
+        if stored.decode() != own:
+            raise corrupt("layout", f"METERLIB_LAYOUT {stored.decode()} is the layout of the store, not {own}")
+        self._layout_checked = True
 
     async def _pause(self, seconds: float) -> None:
         if self.server:

@@ -21,6 +21,11 @@ def layout(shards: int) -> str:
     return f"{LAYOUT_VERSION}/{shards}"
 
 
+def layout_key(prefix: str) -> str:
+    """The key that remembers the layout, for who comes first to say and the others to find."""
+    return f"{prefix}:layout"
+
+
 def shard_keys(prefix: str, shard: int) -> tuple[str, str, str, str]:
     """State, leases, ended reservations and ledger of a shard, in the scripts' order."""
     tag = f"{prefix}:{{{shard}}}"
