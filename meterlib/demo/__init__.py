@@ -9,6 +9,7 @@ from meterlib.errors import MeterError
 
 DATA = Path("meterlib-data/demo")
 FAILED = 2
+INTERRUPTED = 130
 
 
 def run(*, seconds: float, seed: int, json_output: bool, data: Path | None, no_color: bool) -> int:
@@ -33,12 +34,14 @@ def run(*, seconds: float, seed: int, json_output: bool, data: Path | None, no_c
             raise
         print(f"the demo needs {error.name}, which is not installed: pip install 'meterlib[demo]'", file=sys.stderr)
         return FAILED
-    folder = (data or DATA).absolute()
+    folder, return_code = (data or DATA).absolute(), FAILED
     try:
         return play(seconds=seconds, seed=seed, json_output=json_output, data=folder, no_color=no_color)
     except* MeterError as errors:
         print(f"the demo cannot go on: {_first(errors)}", file=sys.stderr)
-    return FAILED
+    except* KeyboardInterrupt:  # before the first call or after the last
+        return_code = INTERRUPTED
+    return return_code
 
 
 def _first(errors: BaseException) -> BaseException:

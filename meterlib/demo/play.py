@@ -15,7 +15,9 @@ import msgspec
 from rich.console import Console
 
 from meterlib import AsyncMeter, LedgerEntry, Policy
+from meterlib.demo import INTERRUPTED
 from meterlib.demo.audit import Audit, audit, entries_of, ledger_ends
+from meterlib.demo.callers import CALLERS, MINUTE, PRESET, PROVIDER, demo_policy
 from meterlib.demo.provider import Provider
 from meterlib.demo.screen import (
     HEIGHT_MIN,
@@ -29,10 +31,9 @@ from meterlib.demo.screen import (
     print_totals,
     print_whereabouts,
 )
-from meterlib.demo.traffic import CALLERS, MINUTE, PRESET, PROVIDER, Traffic, demo_policy
+from meterlib.demo.traffic import Traffic
 
 PICTURES_PER_S = 10
-INTERRUPTED = 130
 CONFIGURATION = "demo.toml"
 
 
@@ -114,7 +115,8 @@ async def _watch(meter: AsyncMeter, traffic: Traffic, screen: Screen) -> None:
         try:
             screen.show(traffic, states)
         except (SystemExit, OSError):  # rich wants to exit when nobody reads its output any more
-            return traffic.stop()
+            traffic.stop()
+            return
         await asyncio.sleep(1 / PICTURES_PER_S)
 
 

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 from rich.box import SIMPLE
 from rich.console import Console, Group, RenderableType
@@ -14,8 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from meterlib import LedgerEntry, LimitState
+from meterlib.billing.report import Report, fold
 from meterlib.demo.audit import Audit
-from meterlib.demo.traffic import CALLERS, MINUTE, PRESET, Event, EventKind, Traffic, spoken
+from meterlib.demo.callers import CALLERS, MINUTE, PRESET
+from meterlib.demo.traffic import Event, EventKind, Traffic, spoken
 
 WIDTH_MIN, HEIGHT_MIN = 80, 20
 """A terminal smaller than this gets plain lines."""
@@ -70,7 +72,7 @@ class PlainScreen(SilentScreen):
         fullest = sorted((s.used / max(1, s.quota), t, s) for t, of in states.items() for s in [_fullest(of)])[::-1]
         limits = ", ".join(f"{tenant} {spoken(s.name)} {used:.0%}" for used, tenant, s in fullest[:3])
         self._console.print(
-            f"{traffic.elapsed_s:4.0f} s  admitted {total.admitted}  denied {total.denied}  settled {total.settled}"
+            f"{int(traffic.elapsed_s):4} s  admitted {total.admitted}  denied {total.denied}  settled {total.settled}"
             f"  open {total.open}  fullest: {limits}",
             soft_wrap=True,
         )
@@ -118,7 +120,7 @@ class LiveScreen:
         return Group(
             _title(traffic, self._seconds, width),
             Text(),
-            _joined((Text(f"{name:>{w}}" if w < 0 else name, "dim"), w) for name, w in columns.items()),
+            _joined((Text(name, "dim"), column) for name, column in columns.items()),
             *rows,
             Text(),
             *self._log.lines(log_lines, width),
@@ -171,12 +173,12 @@ def _joined(cells: Iterable[tuple[Text, int]]) -> Text:
 
 
 def _title(traffic: Traffic, seconds: float, width: int) -> Text:
-    if traffic.stopping:
-        state = (
-            Text(f"{traffic.total.open} calls still open", "yellow") if traffic.total.open else Text("done", "green")
-        )
-    else:
+    if not traffic.stopping:
         state = Text(f"{min(traffic.elapsed_s, seconds):.1f} of {seconds:g} s")
+    elif traffic.total.open:
+        state = Text(f"{traffic.total.open} calls still open", "yellow")
+    else:
+        state = Text("done", "green")
     title = Text.assemble((" meterlib demo ", "bold reverse"), (f"  {PRESET}, a minute lasts {MINUTE}", "dim"))
     return _joined([(title, width - 20), (Text(" " * (20 - len(state))) + state, 20)])
 
@@ -269,26 +271,23 @@ def _fullest(states: Sequence[LimitState]) -> LimitState:
 
 
 def print_report(console: Console, entries: Iterable[LedgerEntry]) -> None:
-    """What each tenant used by the ledger: the calls and the sums of their tokens."""
-    rows: dict[str, list[int]] = {}
-    for entry in entries:
-        if entry.kind == "settled":
-            rows[entry.tenant] = [a + b for a, b in zip(rows.get(entry.tenant, [0] * 5), _used(entry), strict=True)]
-    table = Table(box=SIMPLE, pad_edge=False)
-    table.add_column("tenant")
-    for name in ("calls", "input", "cache writes", "cache reads", "output"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for tenant, amounts in sorted(rows.items()):
-        table.add_row(tenant, *(f"{amount:,}" for amount in amounts))
+    """What each tenant used, by the ledger."""
+    report = fold(entries, Report(by=("tenant",)))
+    columns = {
+        "calls": "calls",
+        "input": "input_tokens",
+        "cache writes": "cache_creation_input_tokens",
+        "cache reads": "cache_read_input_tokens",
+        "output": "output_tokens",
+    }
+    table = Table("tenant", box=SIMPLE, pad_edge=False)
+    for title in columns:
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in report.rows():
+        table.add_row(row.group[0], *(f"{row.sums[column]:,}" for column in columns.values()))
     table.add_section()
-    table.add_row("all", *(f"{sum(column):,}" for column in zip(*rows.values(), strict=True)), style="bold")
+    table.add_row("all", *(f"{report.total()[column]:,}" for column in columns.values()), style="bold")
     console.print(table)
-
-
-def _used(entry: LedgerEntry) -> list[int]:
-    usage: Mapping[str, Any] = entry.usage
-    names = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens", "output_tokens")
-    return [1, *(usage.get(name) or 0 for name in names)]
 
 
 def print_totals(console: Console, traffic: Traffic) -> None:

@@ -1,4 +1,4 @@
-"""Made-up tenants who call a provider through a meter: what they ask, and how each call is reserved and settled."""
+"""The tenants' calls through a meter to a provider: each reserved, sent, followed and settled, however it ends."""
 
 from __future__ import annotations
 
@@ -6,144 +6,19 @@ import asyncio
 import json
 import time
 from collections import deque
-from collections.abc import Iterator
 from contextlib import suppress
 from random import Random
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import aiohttp
 import msgspec
 
-from meterlib import AsyncMeter, AsyncReservation, Limit, Policy, QuotaExceeded, Tenant, Usage
+from meterlib import AsyncMeter, AsyncReservation, QuotaExceeded, Usage
 from meterlib.core.ledger import Quality
-from meterlib.demo.provider import prose
+from meterlib.demo.callers import CALLERS, Call, Caller, calls_of
 from meterlib.gateway.sse import UsageStream, quality_of, usage_of
 
-PRESET = "buildkite-anthropic"
-MINUTE = "5s"
-"""How long a minute of the preset lasts here, so that limits fill, deny and free while one watches."""
-
-PROVIDER = {"provider": "anthropic"}
 _NOTHING_USED = Usage(input_tokens=0, cache_creation_input_tokens=0, cache_read_input_tokens=0, output_tokens=0)
-
-
-def demo_policy() -> Policy:
-    """The preset with short minutes, and a limit of open calls, which one tenant has less of than the others."""
-    limits = [msgspec.structs.replace(limit, window=MINUTE) for limit in Policy.preset(PRESET).limits]
-    open_calls = Limit(name="open_calls", open=True, quota=16, retry_hint_ms=250)
-    tenants = [Tenant(name="hooli", quotas={"open_calls": 3})]
-    return Policy(limits=(*limits, open_calls), tenants=tuple(tenants))
-
-
-# ── What is asked ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Caller(NamedTuple):
-    """One tenant's appetite.
-
-    Attributes:
-        tenant: its name.
-        story: what to know of it.
-        model: which model it asks.
-        calls_per_s: how often it would call if nobody stopped it.
-        characters: length of what each call adds: at least, at most.
-        context_characters: length of what all its calls begin with, marked to be cached.
-        patience_s: how long a denied call is tried again.
-        streamed: the part of its calls that ask for a stream.
-        one_at_a_time: whether it waits for an answer before it asks the next.
-
-    """
-
-    tenant: str
-    story: str
-    model: str
-    calls_per_s: float
-    characters: tuple[int, int]
-    context_characters: int = 0
-    patience_s: float = 1.0
-    streamed: float = 1.0
-    one_at_a_time: bool = False
-
-
-CALLERS = (
-    Caller("acme", "a CI fleet, wants far more requests than it has", "claude-haiku-4-5", 20, (400, 1600)),
-    Caller("initech", "reads long documents, runs out of input tokens", "claude-opus-4-5", 3.5, (16_000, 30_000), 0, 3),
-    Caller("hooli", "runs many calls at once, may have three open", "claude-sonnet-4-5", 7, (800, 4000)),
-    Caller(
-        "globex",
-        "an agent: a huge context read from the cache, which counts nothing",
-        "claude-sonnet-4-5",
-        calls_per_s=4,
-        characters=(1500, 4000),
-        context_characters=90_000,
-        patience_s=3,
-        one_at_a_time=True,
-    ),
-    Caller("ada", "one person with small questions", "claude-haiku-4-5", 1.5, (100, 600), streamed=0.3),
-)
-
-
-class Call(NamedTuple):
-    """One call that a tenant means to make, `after_s` after the one before."""
-
-    tenant: str
-    after_s: float
-    body: dict[str, Any]
-    estimate: Usage
-    patience_s: float
-    changes_its_mind: bool
-
-    @property
-    def attributes(self) -> dict[str, str]:
-        """What limits and reports tell calls apart by."""
-        return {**PROVIDER, "model": self.body["model"]}
-
-
-def calls_of(caller: Caller, seed: int) -> Iterator[Call]:
-    """All that a tenant ever asks; the same for the same seed."""
-    rng = Random(f"{seed}/{caller.tenant}")
-    context = prose(rng, caller.context_characters)
-    turns: list[str] = []
-    new = context
-    while True:
-        turns = (
-            [*turns, prose(rng, rng.randint(*caller.characters))]
-            if context and len(turns) < 8
-            else [prose(rng, rng.randint(*caller.characters))]
-        )
-        new += turns[-1]
-        yield Call(
-            tenant=caller.tenant,
-            after_s=rng.expovariate(caller.calls_per_s),
-            body=_body(caller, context, turns, rng.random() < caller.streamed),
-            estimate=Usage(input_tokens=_estimated_tokens(new)),
-            patience_s=caller.patience_s,
-            changes_its_mind=rng.random() < 0.02,
-        )
-        new = ""
-
-
-def _body(caller: Caller, context: str, turns: list[str], streamed: bool) -> dict[str, Any]:
-    body: dict[str, Any] = {
-        "model": caller.model,
-        "max_tokens": 1024,
-        "stream": streamed,
-        "metadata": {"user_id": caller.tenant},
-        "messages": [{"role": "user", "content": [{"type": "text", "text": turn}]} for turn in turns],
-    }
-    if context:
-        hour, minutes = {"type": "ephemeral", "ttl": "1h"}, {"type": "ephemeral"}
-        body["system"] = [{"type": "text", "text": context, "cache_control": hour}]
-        body["messages"][-1]["content"][-1]["cache_control"] = minutes
-    return body
-
-
-def _estimated_tokens(text: str) -> int:
-    # Without the provider's tokenizer this is a guess, and rather too much than too little.
-    return -(-len(text.encode()) * 2 // 7)
-
-
-# ── What comes of it ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Tally(msgspec.Struct):
@@ -170,7 +45,7 @@ def _counts(tally: Tally) -> list[int]:
     return [getattr(tally, name) for name in tally.__struct_fields__]
 
 
-EventKind = Literal["denied", "gave up", "settled", "partial", "refused", "cancelled"]
+EventKind = Literal["denied", "settled", "partial", "refused", "cancelled"]
 
 
 class Event(NamedTuple):
@@ -317,19 +192,18 @@ class Traffic:
 
     async def _follow(self, response: aiohttp.ClientResponse, reservation: AsyncReservation, answer: _Answer) -> None:
         """A stream to its end, orderly or not; the hold is corrected as soon as the provider tells the real input."""
-        stream = UsageStream()
-        revised = False
+        stream, revised = UsageStream(), False
         try:
             async for chunk in response.content.iter_any():
                 stream.feed(chunk)
-                answer.know(stream.usage, stream.quality)
                 if stream.started and not revised:
-                    revised = True
                     await reservation.revise(stream.usage)
+                    revised = True
         except aiohttp.ClientPayloadError:
             answer.trouble = "connection broke"
-        stream.end()
-        answer.know(stream.usage, stream.quality)
+        finally:
+            stream.end()
+            answer.know(stream.usage, stream.quality)
         if not stream.finished:
             answer.trouble = stream.error or answer.trouble or "no message_stop"
 
