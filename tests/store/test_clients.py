@@ -57,9 +57,10 @@ def one_of_each(meter: Meter) -> list[LedgerEntry]:
     reservation.cancel()
     recorded = meter.record("acme", CALL, Usage(input_tokens=7), record_id="three")
     meter.adjust(recorded, {"input_tokens": -3}, "counted twice", adjust_id="four")
+    for _ in range(48):
+        meter.reserve("acme", CALL)
     with pytest.raises(QuotaExceeded):
-        for _ in range(51):
-            meter.reserve("acme", CALL)
+        meter.reserve("acme", CALL)
     meter.sweep()
     limits = {limit.name: limit.used for limit in meter.peek("acme", CALL)}
 
