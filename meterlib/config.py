@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import msgspec
 from msgspec import inspect
@@ -23,15 +24,7 @@ FILE_NAME = "meterlib.toml"
 FILE_BYTES_MAX = 1 << 20
 DEFAULT_URL = "embedded://./meterlib-data"
 
-_PREFIX = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
-_RANGES = {
-    "shards": (1, 1024),
-    "retention_ms": (60_000, 31 * 86_400_000),
-    "timeout_ms": (1, 600_000),
-    "deadline_ms": (1, 3_600_000),
-    "connections_max": (1, 10_000),
-    "sweep_interval_ms": (0, 3_600_000),
-}
+SWEEP_INTERVAL_MS_MAX = 3_600_000
 
 
 class StoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -48,7 +41,6 @@ class StoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         when_down: what a reserve does while the store is down: `deny`, or `allow` it to pass unmetered.
         journal: a local file for settlements that cannot reach the store; none by default.
         sweep_interval_ms: within which time the background sweep has looked at every shard; 0 for never.
-
     """
 
     url: str = DEFAULT_URL
@@ -86,7 +78,6 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     Raises:
         PolicyError: with the path of the setting, what was found, and what is allowed.
-
     """
 
     store: StoreSettings = StoreSettings()
@@ -113,7 +104,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return Policy(limits=(*self._preset_limits, *own.limits), tenants=tuple(self.tenant))
 
     @property
-    def _preset_limits(self) -> tuple[Limit, ...]:
+    def _preset_limits(self) -> Sequence[Limit]:
         return Policy.preset(self.preset).limits if self.preset is not None else ()
 
     @classmethod
@@ -125,7 +116,6 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Raises:
             PolicyError: the file cannot be read, is no TOML (with the line), or a setting is not acceptable (with its
                 path: `limit[0].window`).
-
         """
         file = Path(path)
         data = _parsed(file)
@@ -286,30 +276,40 @@ def _mismatch(value: object, wanted: inspect.Type, path: str) -> PolicyError:
 
 
 def _check_store(store: StoreSettings) -> None:
-    for name, (least, most) in _RANGES.items():
-        value = getattr(store, name)
-        if type(value) is not int or not least <= value <= most:
-            raise PolicyError(f"store.{name}", f"{least} to {most} is allowed, not {value!r:.40}")
-    if store.deadline_ms < store.timeout_ms:
-        problem = f"{store.deadline_ms} is less than timeout_ms = {store.timeout_ms}: not even one try would fit"
+    options = store.options  # which look after themselves
+    if options.deadline_ms < options.timeout_ms:
+        problem = f"{options.deadline_ms} is less than timeout_ms = {options.timeout_ms}: not even one try would fit"
         raise PolicyError("store.deadline_ms", problem)
-    if not _PREFIX.fullmatch(store.prefix):
-        raise PolicyError("store.prefix", f"1 to 64 of A-Z a-z 0-9 _ . : - are allowed, not {store.prefix!r:.80}")
+    if not 0 <= store.sweep_interval_ms <= SWEEP_INTERVAL_MS_MAX:
+        problem = f"0 to {SWEEP_INTERVAL_MS_MAX} are allowed, not {store.sweep_interval_ms!r:.40}"
+        raise PolicyError("store.sweep_interval_ms", problem)
     if store.journal is not None and not store.journal.strip():
         raise PolicyError("store.journal", "the name of a file is needed; leave the setting out for none")
-    _check_url(store.url)
+    problem = _url_problem(store.url)
+    if problem:
+        raise PolicyError("store.url", problem)
 
 
-def _check_url(url: str) -> None:
-    """What is wrong with a URL is said without repeating it, since it may hold a password."""
+def _url_problem(url: str) -> str:
+    """What is wrong with a URL, without repeating it, since it may hold a password; empty if it looks right."""
     scheme = url.partition("://")[0]
     if "://" not in url or scheme not in SCHEMES:
-        raise PolicyError("store.url", f"must begin with one of {', '.join(f'{known}://' for known in SCHEMES)}")
+        return f"must begin with one of {', '.join(f'{known}://' for known in SCHEMES)}"
     if scheme == "embedded":
         try:
             parse_embedded_url(url)
         except ValueError as error:
-            raise PolicyError("store.url", str(error)) from None
+            return str(error)
+    if scheme.partition("+")[0] in ("redis", "rediss") and scheme != "redis+sentinel":
+        try:
+            path = urlsplit(url).path if urlsplit(url).port != 0 else None
+        except ValueError:
+            path = None
+        if path is None:
+            return "its host and port make no sense; in a user or password, write / as %2F, ? as %3F, # as %23"
+        if scheme.endswith("+cluster") and path not in ("", "/", "/0"):
+            return "a cluster has no databases but 0"
+    return ""
 
 
 def _from_folder(store: StoreSettings, folder: Path) -> StoreSettings:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -66,22 +66,23 @@ class Denial(msgspec.Struct, frozen=True, kw_only=True):
 
 def states_of(limits: Sequence[BoundLimit], reply: Reply, at: int) -> tuple[LimitState, ...]:
     """The states that a reply describes from position `at` on, four numbers each."""
-    return tuple(_state(limit, reply, at + 4 * position) for position, limit in enumerate(limits))
+    return tuple([_state(limit, reply, at + 4 * position) for position, limit in enumerate(limits)])
 
 
 def _state(limit: BoundLimit, reply: Reply, at: int) -> LimitState:
-    settled, held, frees_at_ms, resets_at_ms = (int(number) for number in reply[at : at + 4])
+    numbers: list[Any] = reply[at : at + 4]  # integers by the script's contract
+    settled, held, frees_at_ms, resets_at_ms = numbers
     used = settled + held
     return LimitState(
-        name=limit.limit.name,
-        unit=limit.limit.unit,
+        name=limit.name,
+        unit=limit.unit,
         quota=limit.quota,
         used=used,
         held=held,
-        remaining=max(0, limit.quota - used),
+        remaining=limit.quota - used if used < limit.quota else 0,
         frees_at_ms=frees_at_ms or None,
         resets_at_ms=resets_at_ms or None,
-        now_ms=int(reply[1]),
+        now_ms=reply[1],  # type: ignore[arg-type]
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Literal
 from urllib.parse import quote
 
@@ -59,8 +60,8 @@ class Limit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     period: PeriodName | None = None
     tz: str = "UTC"
     open: bool = False
-    per: tuple[str, ...] = ()
-    match: Mapping[str, str | tuple[str, ...]] = {}
+    per: Sequence[str] = ()
+    match: Mapping[str, str | Sequence[str]] = {}
     shared: bool = False
     oversize: Literal["admit_when_idle", "reject"] = "admit_when_idle"
     on_expiry: Literal["keep", "free"] = "keep"
@@ -109,8 +110,8 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         PolicyError: with the path of the setting, what was found, and what is allowed.
     """
 
-    limits: tuple[Limit, ...] = ()
-    tenants: tuple[Tenant, ...] = ()
+    limits: Sequence[Limit] = ()
+    tenants: Sequence[Tenant] = ()
 
     def __post_init__(self) -> None:
         # Lists are as welcome as tuples in code; frozen records are compared and compiled as tuples.
@@ -260,10 +261,12 @@ PRESETS: Mapping[str, Policy] = {
 class BoundLimit:
     """A limit as it stands for one tenant and one set of attributes: its window and all that never changes of it."""
 
-    __slots__ = ("_period", "_rest", "limit", "quota", "sub_window_ms", "window_field", "window_ms")
+    __slots__ = ("_period", "_rest", "limit", "name", "quota", "sub_window_ms", "unit", "window_field", "window_ms")
 
     def __init__(self, limit: Limit, quota: int, window_field: str) -> None:
         self.limit = limit
+        self.name = limit.name
+        self.unit = limit.unit
         self.quota = quota
         self.window_field = window_field
         self.window_ms = limit.window_ms
@@ -274,10 +277,10 @@ class BoundLimit:
 
     def arguments(self, amount: int, now_ms: int) -> LimitArguments:
         """What a script needs to know of this limit to take `amount` at about `now_ms`."""
-        limit = self.limit
-        if self._period is None:
-            return LimitArguments(self.window_field, limit.unit, amount, *self._rest, 0, 0, "keep")
         period = self._period
+        if period is None:
+            return LimitArguments._make((self.window_field, self.unit, amount, *self._rest, 0, 0, "keep"))
+        limit = self.limit
         if not period.start_ms <= now_ms < period.end_ms:
             period = self._period = period_at(limit.period, limit.tz, now_ms)  # type: ignore[arg-type]
         field = f"{self.window_field}/{period.label}"
@@ -316,6 +319,7 @@ class CompiledPolicy:
         return BoundLimit(limit, quota, window_field(limit, tenant, attributes))
 
 
+@lru_cache(maxsize=20_000)
 def encoded(text: str) -> str:
     """`text` with all but letters, digits and `-._~@` as %XX: no separator or brace is left, and none collide."""
     return quote(text, safe="-._~@")

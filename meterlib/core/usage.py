@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
+from msgspec.structs import astuple
 
 from meterlib.core.checks import check_amount
 from meterlib.errors import InvalidInput
@@ -14,13 +15,11 @@ class _Counts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Integers that are known (0 included) or not (None)."""
 
     def __post_init__(self) -> None:
-        for field in self.__struct_fields__:
-            value = getattr(self, field)
-            if type(value) is int:
-                if not 0 <= value <= 9007199254740991:
-                    check_amount(value, f"usage.{field}")
-            elif value is not None and type(value) is not str and not isinstance(value, _NESTED):
-                check_amount(value, f"usage.{field}")
+        for position, value in enumerate(astuple(self)):
+            if value is None or (type(value) is int and 0 <= value <= 9007199254740991):
+                continue
+            if type(value) is not str and not isinstance(value, _NESTED):
+                check_amount(value, f"usage.{self.__struct_fields__[position]}")
 
 
 class CacheCreation(_Counts, frozen=True, kw_only=True, omit_defaults=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from redis.exceptions import NoScriptError, RedisError
 
 from meterlib.core import rules
 from meterlib.core.operations import Argument, Reply
-from meterlib.errors import MeterError, StoreCorrupt, StoreUnavailable
+from meterlib.errors import MeterError, PolicyError, StoreCorrupt, StoreUnavailable
 from meterlib.store.commands import Call, Command, Flow, ReadHead, ReadLedger, ReadOwners, ReadWindows, ShardHead
 from meterlib.store.embedded import EmbeddedServer
 from meterlib.store.faults import Attempts, corrupt
@@ -21,6 +22,7 @@ from meterlib.store.keys import layout, layout_key, shard_keys
 from meterlib.store.scripts import Script, script
 
 T = TypeVar("T")
+_PREFIX = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 
 
 class StoreOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -43,6 +45,22 @@ class StoreOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     timeout_ms: int = 1000
     deadline_ms: int = 5000
     connections_max: int = 64
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "shards": (1, 4096),
+            "retention_ms": (1000, 31 * 86_400_000),
+            "sweep_max": (1, 100),
+            "timeout_ms": (1, 600_000),
+            "deadline_ms": (1, 600_000),
+            "connections_max": (1, 65_536),
+        }
+        for name, (least, most) in bounds.items():
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value <= most:
+                raise PolicyError(f"store.{name}", f"{least} to {most} are allowed, not {value!r:.40}")
+        if not isinstance(self.prefix, str) or not _PREFIX.fullmatch(self.prefix):
+            raise PolicyError("store.prefix", f"{self.prefix!r:.80} is none: 1 to 64 of A-Z a-z 0-9 _ . : -")
 
 
 class Clock(Protocol):

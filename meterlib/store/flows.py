@@ -572,7 +572,7 @@ def read_head(shard: int) -> Flow[ShardHead]:
 
 def _arguments(context: Context, bound: Sequence[BoundLimit], usage: Usage) -> tuple[LimitArguments, ...]:
     now_ms = context.now_ms()
-    return tuple(limit.arguments(amount_of(usage, limit.limit.unit) or 0, now_ms) for limit in bound)
+    return tuple([limit.arguments(amount_of(usage, limit.unit) or 0, now_ms) for limit in bound])
 
 
 def _outcome(usage: Usage, quality: Quality, facts: Mapping[str, str] | None) -> Outcome:

@@ -1,0 +1,1 @@
+"""What becomes of ledger entries: reports of usage, and the proof that none is missing."""

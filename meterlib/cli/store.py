@@ -1,0 +1,124 @@
+"""The configured store, opened by commands that look at it: no call is counted, and nothing runs in the background."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from meterlib.config import Config
+from meterlib.core.decisions import LimitState
+from meterlib.core.ledger import LedgerEntry
+from meterlib.core.operations import Peek, Reply
+from meterlib.errors import PolicyError
+from meterlib.store import flows
+from meterlib.store.commands import Call, Flow, ShardHead
+from meterlib.store.connect import driver_for_url
+from meterlib.store.embedded import parse_embedded_url
+from meterlib.store.flows import Context, Partition
+
+T = TypeVar("T")
+PAGE = 1000
+
+
+class Store:
+    """Reads of one store. Unlike a meter it never sweeps: looking at reservations leaves them as they are."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.context = Context(config.policy, config.store.options, None, "deny")
+        self._driver: Any = driver_for_url(config.store.url, config.store.options, None, "sync")
+
+    @property
+    def shards(self) -> int:
+        """How many ledgers the store has, by the configuration."""
+        return self.config.store.shards
+
+    def shard_of(self, tenant: str) -> int:
+        """The shard whose ledger has the entries of a tenant."""
+        return self.context.shard_of(tenant)
+
+    def head(self, shard: int) -> ShardHead:
+        """A shard's own numbers."""
+        return self.run(flows.read_head(shard))
+
+    def ledger(self, shard: int, after: int = 0) -> Iterator[LedgerEntry]:
+        """The entries of a shard behind number `after`, in order, as far as they go now."""
+        while page := self.run(flows.read_ledger(shard, after, PAGE)):
+            yield from page
+            after = page[-1].n
+
+    def start_of(self, shard: int, since_ms: int, head: ShardHead) -> int:
+        """The number to read behind so as to see all that was booked from `since_ms` on, and one entry before it.
+
+        Entries are in order of time, so it is found in a few steps; the entry before shows that none is missing there.
+        """
+        low, high = head.ledger_first, head.ledger_last + 1
+        while low < high:
+            middle = (low + high) // 2
+            found = self.run(flows.read_ledger(shard, middle - 1, 1))
+            if found and found[0].booked_at < since_ms:
+                low = found[0].n + 1
+            else:
+                high = middle
+        before = low - 1
+        return max(0, before - 1) if before >= head.ledger_first else 0
+
+    def clock_ms(self, shard: int) -> int:
+        """A shard's own time, in ms since 1970 UTC.
+
+        Raises:
+            StoreCorrupt: the store is of another layout than the configuration says.
+        """
+        return self.run(_clock_ms(shard))
+
+    def peek(self, tenant: str, attributes: Mapping[str, str]) -> tuple[LimitState, ...]:
+        """How every limit that such a call touches stands now."""
+        return self.run(flows.peek(self.context, tenant, attributes))
+
+    def partitions(self, tenant: str) -> list[Partition]:
+        """How every limit stands for each partition of the tenant that the store knows."""
+        return self.run(flows.partitions(self.context, tenant))
+
+    def run(self, flow: Flow[T]) -> T:
+        """Run a flow of the store to its result."""
+        result: T = self._driver.run(flow)
+        return result
+
+    @property
+    def client(self) -> Any:
+        """The redis-py client underneath; None for a store in memory."""
+        return getattr(self._driver, "client", None)
+
+    def close(self) -> None:
+        """Close what was opened; an embedded server that was started for this stops, if nobody else uses it."""
+        self._driver.close()
+        server = getattr(self._driver, "server", None)
+        if server is not None:
+            server.close()
+
+
+def _clock_ms(shard: int) -> Flow[int]:
+    reply: Reply = yield Call("peek", shard, Peek(()))
+    return int(reply[1])
+
+
+@contextmanager
+def opened(config: Config) -> Iterator[Store]:
+    """The store of a configuration; one that is there, and of the layout that the configuration says.
+
+    With another number of shards it would be read in part, and nobody would notice.
+
+    Raises:
+        PolicyError: it is an embedded one that does not exist, and is not to be created by merely looking at it.
+        StoreCorrupt: it is of another layout.
+    """
+    if config.store.url.startswith("embedded://"):
+        folder = Path(parse_embedded_url(config.store.url))
+        if not folder.exists():
+            problem = f"the embedded store {folder} does not exist yet; the first meter that uses it creates it"
+            raise PolicyError("store.url", problem)
+    with closing(Store(config)) as store:
+        store.clock_ms(0)
+        yield store
