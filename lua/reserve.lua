@@ -2,7 +2,7 @@
 --
 -- Statuses by precedence: ended, conflict, stale_period, open (the same call again), denied, reserved. A denied
 -- operation changes nothing. Replies: {status, now, …}, where a limit is four numbers (see describe)
---   ended: kind        conflict: call, estimate        open, reserved: reserved_at, expires_at, then each limit
+--   ended: kind        conflict: call, estimate        open, reserved: reserved_at, expires_at, revision, each limit
 --   denied: each limit, led by its verdict (passes, quota, oversize) and the time when this very call passes
 
 -- @include shard
@@ -22,14 +22,16 @@ local function deny(first_limit, last_limit)
   local reply = {'denied', now_ms}
   for limit = first_limit, last_limit, 10 do
     local window, amount, quota = windows[ARGV[limit + 1]], tonumber(ARGV[limit + 3]), tonumber(ARGV[limit + 4])
-    local verdict, log, at, passes_at_ms = verdict_of(window, amount, quota, ARGV[limit + 5]), window.log, 1, 0
+    local verdict, passes_at_ms = verdict_of(window, amount, quota, ARGV[limit + 5]), 0
     if verdict == 'quota' then
       local used, level = window.settled + window.held, amount > quota and 0 or quota - amount
-      while used > level and at < #log do
-        passes_at_ms = sub(log, at, at + 12) + window.span_ms
-        used = used - sub(log, at + 13, at + 28) - sub(log, at + 29, at + 44)
+      local text, at, last = window.text, 46, window.last
+      while used > level and at < window.to do
+        passes_at_ms = sub(text, at, at + 12) + window.span_ms
+        used = used - sub(text, at + 13, at + 28) - sub(text, at + 29, at + 44)
         at = at + 45
       end
+      if used > level and last ~= '' then passes_at_ms = sub(last, 1, 13) + window.span_ms end
     end
     reply[#reply + 1] = verdict
     reply[#reply + 1] = passes_at_ms
@@ -42,14 +44,14 @@ end
 local function known(present, digest)
   local kind = string.match(present, '^%l+')
   if kind then return {'ended', now_ms, kind} end
-  local reserved_at, expires_at, own_digest, own_call, own_estimate =
-    string.match(present, '^(%d+) (%d+) %d+ (%S+)\n([^\n]*)\n([^\n]*)')
+  local reserved_at, expires_at, revision, own_digest, own_call, own_estimate =
+    string.match(present, '^(%d+) (%d+) (%d+) (%S+)\n([^\n]*)\n([^\n]*)')
   if tonumber(expires_at) <= now_ms then return {'ended', now_ms, 'expired'} end
   if own_digest ~= digest then return {'conflict', now_ms, own_call, own_estimate} end
-  return {'open', now_ms, tonumber(reserved_at), tonumber(expires_at)}
+  return {'open', now_ms, tonumber(reserved_at), tonumber(expires_at), tonumber(revision)}
 end
 
-local operations, fields, at = {}, {'head', 'pending'}, OPERATIONS
+local operations, fields, at = {nil, nil}, {'head', 'pending', nil, nil, nil, nil}, OPERATIONS
 while at < #ARGV do
   local last_limit = at - 4 + 10 * ARGV[at + 6]
   operations[#operations + 1] = at
@@ -61,7 +63,7 @@ operations[#operations + 1] = at
 local failure = open(fields)
 if failure then return failure end
 local following
-if #call('ZRANGEBYSCORE', leases_key, '-inf', now_ms, 'LIMIT', 0, 1) > 0 then
+if call('ZCOUNT', leases_key, '-inf', now_ms) > 0 then
   -- Included here and not above, since calls that find nothing to expire shall not pay for it.
   -- @include ledger
   -- @include reservation
@@ -70,45 +72,46 @@ if #call('ZRANGEBYSCORE', leases_key, '-inf', now_ms, 'LIMIT', 0, 1) > 0 then
   following, failure = follow()
   if failure then return failure end
 end
-local replies, new_leases = {}, {}
+local replies, new_leases = {}, {nil, nil}
 for position = 1, #operations - 1 do
   local operation    = operations[position]
   local reservation  = ARGV[operation + 1]            -- str   the field of its record
   local digest       = ARGV[operation + 2]            -- hex   of the payload: with another one the id is a conflict
   local call_facts   = ARGV[operation + 3]            -- json  tenant, attributes, funding; nobody looks inside here
   local estimate     = ARGV[operation + 4]            -- json  the usage expected; likewise
-  local lease_ms     = tonumber(ARGV[operation + 5])  -- ms    how long it may stay unsettled
+  local lease_ms     = ARGV[operation + 5]            -- ms    how long it may stay unsettled
   local limit_count  = ARGV[operation + 6]            -- int   how many limits follow
   local first_limit, last_limit = operation + 6, operations[position + 1] - 10
   local passes, stale = true, false
   for limit = first_limit, last_limit, 10 do
     local window_field    = ARGV[limit + 1]            -- str   the field of its window
-    local amount          = tonumber(ARGV[limit + 3])  -- int   how much the call takes, in the limit's unit
-    local quota           = tonumber(ARGV[limit + 4])  -- int   how much may count at any time, in that unit
+    local amount          = ARGV[limit + 3]            -- int   how much the call takes, in the limit's unit
+    local quota           = ARGV[limit + 4]            -- int   how much may count at any time, in that unit
     local oversize        = ARGV[limit + 5]            -- str   an amount above the quota: admit (when idle) or reject
-    local span_ms         = tonumber(ARGV[limit + 6])  -- ms    length of a sliding window; else 0
-    local period_start_ms = tonumber(ARGV[limit + 8])  -- ms    first moment of a calendar period; else 0
-    if period_start_ms > 0 and (now_ms < period_start_ms or now_ms >= tonumber(ARGV[limit + 9])) then stale = true end
-    if verdict_of(window_at(window_field, span_ms), amount, quota, oversize) ~= 'passes' then passes = false end
+    local span_ms         = ARGV[limit + 6]            -- ms    length of a sliding window; else 0
+    local period_start_ms = ARGV[limit + 8]            -- ms    first moment of a calendar period; else 0
+    if period_start_ms ~= '0' and (now_ms < period_start_ms + 0 or now_ms >= ARGV[limit + 9] + 0) then stale = true end
+    local window = window_at(window_field, span_ms + 0)
+    if verdict_of(window, amount + 0, quota + 0, oversize) ~= 'passes' then passes = false end
   end
   local present = read(reservation)
   local reply = present and known(present, digest)
   if not reply and passes and not stale then
     local expires_at_ms = now_ms + lease_ms
     local expires_at = format('%d', expires_at_ms)
-    local lines = {format('%d', now_ms) .. ' ' .. expires_at .. ' 0 ' .. digest, call_facts, estimate}
+    local record = format('%d ', now_ms) .. expires_at .. ' 0 ' .. digest .. '\n' .. call_facts .. '\n' .. estimate
     for limit = first_limit, last_limit, 10 do
       local unit       = ARGV[limit + 2]               -- str   what the limit counts
       local window, amount = windows[ARGV[limit + 1]], ARGV[limit + 3]
       local hold_time, settle_time = times_of(limit, expires_at_ms)
-      charge(window, hold_time, 0, tonumber(amount))
-      lines[#lines + 1] = window.field .. ' ' .. unit .. ' ' .. amount .. ' ' .. hold_time .. ' ' .. settle_time
+      charge(window, hold_time, 0, amount + 0)
+      record = record .. '\n' .. window.field .. ' ' .. unit .. ' ' .. amount .. ' ' .. hold_time .. ' ' .. settle_time
         .. ' ' .. ARGV[limit + 6]
     end
-    write(reservation, table.concat(lines, '\n'))
+    write(reservation, record)
     new_leases[#new_leases + 1] = expires_at
     new_leases[#new_leases + 1] = reservation
-    reply = {'reserved', now_ms, now_ms, expires_at_ms}
+    reply = {'reserved', now_ms, now_ms, expires_at_ms, 0, nil, nil, nil, nil, nil, nil, nil, nil}
   end
   if not reply then
     reply = stale and {'stale_period', now_ms} or deny(first_limit, last_limit)

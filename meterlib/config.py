@@ -124,7 +124,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             config = msgspec.convert(data, cls)
         except (PolicyError, msgspec.ValidationError) as error:
             raise _placed(error, file) from None
-        return msgspec.structs.replace(config, store=_from_folder(config.store, file.absolute().parent))
+        store, limits = _from_folder(config.store, file.absolute().parent), [_as_in_code(own) for own in config.limit]
+        return msgspec.structs.replace(config, store=store, limit=limits)
 
     @classmethod
     def find(cls, path: str | os.PathLike[str] | None = None) -> Config:
@@ -310,6 +311,12 @@ def _url_problem(url: str) -> str:
         if scheme.endswith("+cluster") and path not in ("", "/", "/0"):
             return "a cluster has no databases but 0"
     return ""
+
+
+def _as_in_code(limit: Limit) -> Limit:
+    """The limit with tuples in place of TOML's lists, so that it equals the same one made in code."""
+    match = {name: told if isinstance(told, str) else tuple(told) for name, told in limit.match.items()}
+    return msgspec.structs.replace(limit, per=tuple(limit.per), match=match)
 
 
 def _from_folder(store: StoreSettings, folder: Path) -> StoreSettings:

@@ -12,11 +12,12 @@ from typing import Any, Literal, Self, TypeVar
 
 import structlog
 
+from meterlib.core.checks import check_count
 from meterlib.core.decisions import LimitState
 from meterlib.core.ledger import CallFacts, LedgerEntry, Quality, Settlement
 from meterlib.core.policy import Funding, Policy
 from meterlib.core.usage import Usage
-from meterlib.errors import MeterError, StoreError, StoreRefused, StoreUnavailable, UsageError
+from meterlib.errors import InvalidInput, MeterError, StoreError, StoreRefused, StoreUnavailable, UsageError
 from meterlib.store import flows
 from meterlib.store.commands import Flow, ShardHead
 from meterlib.store.connect import driver_for_client, driver_for_url
@@ -45,7 +46,10 @@ class _Meter:
         journal: str | PathLike[str] | None = None,
         sweep_interval_ms: int = 10_000,
     ) -> None:
-        options = options or StoreOptions()
+        options = StoreOptions() if options is None else options
+        if not isinstance(options, StoreOptions):
+            raise InvalidInput("options", f"StoreOptions are needed, not {type(options).__name__}")
+        check_count(sweep_interval_ms, "sweep_interval_ms", 86_400_000, least=0)
         self._context = Context(policy, options, clock, when_down)
         make = driver_for_url if isinstance(client, str) else driver_for_client
         self._driver: Any = make(client, options, clock, self._face)
@@ -108,6 +112,9 @@ class _Meter:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} prefix={self._context.options.prefix!r} shards={self.shards}>"
 
+    def _check_shard(self, shard: int) -> None:
+        check_count(shard, "shard", self.shards - 1, least=0)
+
     def _check_open(self) -> None:
         if self._closed:
             raise UsageError("this meter is closed")
@@ -142,9 +149,14 @@ class _Meter:
             reservation_id=reservation_id,
             usage=usage,
             quality=quality,
-            facts=facts or {},
+            facts=_given(facts, {}),
             call_facts=call_facts,
         )
+
+
+def _given(value: T | None, default: T) -> T:
+    """What the caller gave, be it empty or wrong; checks come later, and None alone means nothing."""
+    return default if value is None else value
 
 
 class _Held:
@@ -153,7 +165,7 @@ class _Held:
     def __init__(self, meter: Any, granted: Granted) -> None:
         self._meter = meter
         self._granted = granted
-        self._revision = 0
+        self._revision = granted.revision
         self._sent = False
         self.ended = False
 
@@ -213,7 +225,7 @@ class _Held:
             reservation_id=granted.id,
             usage=usage,
             quality=quality,
-            facts=facts or {},
+            facts=_given(facts, {}),
             call_facts=CallFacts(tenant=granted.tenant, attributes=granted.attributes, funding=granted.funding),
         )
 
@@ -289,7 +301,7 @@ class Meter(_Meter):
             ReservationEnded: the id was settled or cancelled, or has expired.
         """
         flow = flows.reserve(
-            self._context, tenant, attributes or {}, usage or Usage(), reservation_id, lease_ms, funding
+            self._context, tenant, _given(attributes, {}), _given(usage, Usage()), reservation_id, lease_ms, funding
         )
         return Reservation(self, self._run(flow))
 
@@ -307,7 +319,7 @@ class Meter(_Meter):
         Raises:
             ReservationNotFound, ReservationEnded: there is nothing to revise.
         """
-        self._run(flows.revise(self._context, tenant, reservation_id, usage, revision=revision))
+        self._run(flows.revise(self._context, tenant, reservation_id, usage, revision))
 
     def renew(self, tenant: str, reservation_id: str, lease_ms: int = LEASE_MS, *, revision: int = 0) -> int:
         """Prolong a lease to `lease_ms` from now, but never shorten it, nor beyond 24 hours since the reservation.
@@ -318,7 +330,7 @@ class Meter(_Meter):
         Raises:
             ReservationNotFound, ReservationEnded: there is nothing to renew.
         """
-        return self._run(flows.revise(self._context, tenant, reservation_id, None, lease_ms, revision))
+        return self._run(flows.renew(self._context, tenant, reservation_id, lease_ms, revision))
 
     def settle(
         self,
@@ -410,7 +422,7 @@ class Meter(_Meter):
 
     def peek(self, tenant: str, attributes: Mapping[str, str] | None = None) -> tuple[LimitState, ...]:
         """How every limit that such a call touches stands now; changes nothing."""
-        return self._run(flows.peek(self._context, tenant, attributes or {}))
+        return self._run(flows.peek(self._context, tenant, _given(attributes, {})))
 
     def find(self, tenant: str, reservation_id: str) -> Found:
         """Where a reservation stands: open, or how it ended.
@@ -426,6 +438,7 @@ class Meter(_Meter):
 
     def ledger(self, shard: int, after: int = 0) -> Iterator[LedgerEntry]:
         """The entries of a shard behind number `after`, in order, as far as they go now."""
+        self._check_shard(shard)
         while True:
             page = self._run(flows.read_ledger(shard, after, LEDGER_PAGE))
             yield from page
@@ -435,6 +448,7 @@ class Meter(_Meter):
 
     def head(self, shard: int) -> ShardHead:
         """A shard's own numbers: last entry, open reservations, epoch."""
+        self._check_shard(shard)
         return self._run(flows.read_head(shard))
 
     @contextmanager
@@ -580,17 +594,17 @@ class AsyncMeter(_Meter):
     ) -> AsyncReservation:
         """Hold an estimate on every limit that the call touches, or on none; see `Meter.reserve`."""
         flow = flows.reserve(
-            self._context, tenant, attributes or {}, usage or Usage(), reservation_id, lease_ms, funding
+            self._context, tenant, _given(attributes, {}), _given(usage, Usage()), reservation_id, lease_ms, funding
         )
         return AsyncReservation(self, await self._run(flow))
 
     async def revise(self, tenant: str, reservation_id: str, usage: Usage, *, revision: int = 0) -> None:
         """Hold `usage` in place of the estimate; see `Meter.revise`."""
-        await self._run(flows.revise(self._context, tenant, reservation_id, usage, revision=revision))
+        await self._run(flows.revise(self._context, tenant, reservation_id, usage, revision))
 
     async def renew(self, tenant: str, reservation_id: str, lease_ms: int = LEASE_MS, *, revision: int = 0) -> int:
         """Prolong a lease to `lease_ms` from now; see `Meter.renew`."""
-        return await self._run(flows.revise(self._context, tenant, reservation_id, None, lease_ms, revision))
+        return await self._run(flows.renew(self._context, tenant, reservation_id, lease_ms, revision))
 
     async def settle(
         self,
@@ -645,7 +659,7 @@ class AsyncMeter(_Meter):
 
     async def peek(self, tenant: str, attributes: Mapping[str, str] | None = None) -> tuple[LimitState, ...]:
         """How every limit that such a call touches stands now; see `Meter.peek`."""
-        return await self._run(flows.peek(self._context, tenant, attributes or {}))
+        return await self._run(flows.peek(self._context, tenant, _given(attributes, {})))
 
     async def find(self, tenant: str, reservation_id: str) -> Found:
         """Where a reservation stands; see `Meter.find`."""
@@ -657,6 +671,7 @@ class AsyncMeter(_Meter):
 
     async def ledger(self, shard: int, after: int = 0) -> AsyncIterator[LedgerEntry]:
         """The entries of a shard behind number `after`, in order, as far as they go now."""
+        self._check_shard(shard)
         while True:
             page = await self._run(flows.read_ledger(shard, after, LEDGER_PAGE))
             for entry in page:
@@ -667,6 +682,7 @@ class AsyncMeter(_Meter):
 
     async def head(self, shard: int) -> ShardHead:
         """A shard's own numbers: last entry, open reservations, epoch."""
+        self._check_shard(shard)
         return await self._run(flows.read_head(shard))
 
     @asynccontextmanager

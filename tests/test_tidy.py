@@ -31,9 +31,7 @@ IMPURE = {"asyncio", "datetime.now", "os", "random", "redis", "secrets", "socket
 
 
 def modules() -> list[tuple[str, ast.Module]]:
-    return [
-        (path.relative_to(ROOT).as_posix(), ast.parse(path.read_text())) for path in sorted(ROOT.rglob("*.py"))
-    ]
+    return [(path.relative_to(ROOT).as_posix(), ast.parse(path.read_text())) for path in sorted(ROOT.rglob("*.py"))]
 
 
 def imported(tree: ast.Module) -> set[str]:
@@ -113,7 +111,7 @@ def test_scripts_keep_off_what_differs_between_servers(path: Path) -> None:
     """Numbers are formatted whole, keys are declared, and nothing is used that fakeredis or Redis 7.0 lack."""
     text = path.read_text()
 
-    assert text.startswith(f"-- {path.stem}") or text.startswith(f"-- {path.name}")
+    assert text.startswith((f"-- {path.stem}", f"-- {path.name}"))
     assert not re.search(r"cjson|cmsgpack|struct\.|bit\.|sha1hex|tostring|KEYS\[[^1-4]", text)
     assert not re.search(r"'(GET|SET|HSET|HGET|ZADD|XADD)', *'", text), "a key by name"
     assert max(len(line) for line in text.splitlines()) <= 120

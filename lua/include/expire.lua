@@ -29,6 +29,7 @@ end
 -- Expires what is overdue, at most `most` reservations; returns how many.
 local function sweep(most)
   local expired = 0
+  if call('ZCOUNT', leases_key, '-inf', now_ms) == 0 then return expired end
   for _, field in ipairs(call('ZRANGEBYSCORE', leases_key, '-inf', now_ms, 'LIMIT', 0, most)) do
     local reservation, past = reservation_at(field)
     if reservation then

@@ -4,10 +4,11 @@ local entries, ended, leases, released = {}, {}, {}, {}
 
 local function append(kind, after, id, reserved_at, call_facts, estimate, outcome, digest)
   number = number + 1
-  entries[#entries + 1] = {'XADD', ledger_key, format('%d-0', number), 'kind', kind, 'after', after, 'id', id,
+  local entry_number = format('%d', number)
+  entries[#entries + 1] = {'XADD', ledger_key, entry_number .. '-0', 'kind', kind, 'after', after, 'id', id,
     'reserved_at', reserved_at, 'booked_at', format('%d', now_ms), 'call', call_facts, 'estimate', estimate,
     'outcome', outcome, 'digest', digest, 'epoch', epoch}
-  return format('%d', number)
+  return entry_number
 end
 
 -- The words of an entry, whether it stands in the ledger or is about to; none if it was trimmed.

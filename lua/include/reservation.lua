@@ -6,12 +6,12 @@
 
 local function reservation_of(record)
   local reserved_at, expires_at, revision, digest, call_facts, estimate, lines =
-    string.match(record, '^(%d+) (%d+) (%d+) (%S*)\n([^\n]*)\n([^\n]*)(.*)$')
+    string.match(record, '^([^ ]+) ([^ ]+) ([^ ]+) ([^\n]*)\n([^\n]*)\n([^\n]*)(.*)$')
   local holds = {}
   for window, unit, amount, hold_time, settle_time, span_ms in
-      string.gmatch(lines, '\n(%S+) (%S+) (%d+) (%d+) (%d+) (%d+)') do
-    holds[#holds + 1] = {window = window, unit = unit, amount = tonumber(amount), hold_time = hold_time,
-      settle_time = settle_time, span_ms = tonumber(span_ms)}
+      string.gmatch(lines, '\n([^ ]+) ([^ ]+) ([^ ]+) ([^ ]+) ([^ ]+) ([^\n]+)') do
+    holds[#holds + 1] = {window = window, unit = unit, amount = amount + 0, hold_time = hold_time,
+      settle_time = settle_time, span_ms = span_ms + 0}
   end
   return {reserved_at = reserved_at, expires_at = expires_at, revision = tonumber(revision), digest = digest,
     call_facts = call_facts, estimate = estimate, holds = holds}

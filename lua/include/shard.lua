@@ -9,16 +9,21 @@ local leases_key   = KEYS[2]            -- zset    open reservations, scored by 
 local ended_key    = KEYS[3]            -- list    reservations that ended, oldest first
 local ledger_key   = KEYS[4]            -- stream  ledger entries; entry number n has the stream id n-0
 local layout       = ARGV[1]            -- str     version of the layout and number of shards: must be the store's own
-local test_now_ms  = tonumber(ARGV[2])  -- ms      a test's clock; 0: the server's
-local sweep_max    = tonumber(ARGV[3])  -- int     how many overdue or forgettable reservations to clear in passing
-local retention_ms = tonumber(ARGV[4])  -- ms      how long ended reservations are remembered
+local test_now_ms  = ARGV[2]            -- ms      a test's clock; 0: the server's
+local sweep_max    = ARGV[3]            -- int     how many overdue or forgettable reservations to clear in passing
+local retention_ms = ARGV[4]            -- ms      how long ended reservations are remembered
 
 local OPERATIONS = 4                    -- the operations follow the call's own arguments
 local call, sub, format, floor = redis.call, string.sub, string.format, math.floor
 
-local state, changed = {}, {}           -- fields as read or as they shall be; the names of those to write
-local now_ms, clock                     -- the shard's time; the head's first two numbers, to be stored
+local state = {}                        -- fields as read or as they shall be
+local now_ms, server_ms                 -- the shard's time; the server's, as the head will have it
+local set_back = false                  -- the server's clock is behind what it was: to be noted, whatever else happens
 local number, epoch                     -- of the last ledger entry; of the ledger
+
+-- What is to be written: the head, then fields and values. Here and elsewhere, nils make room for what mostly follows:
+-- a table that grows is moved each time.
+local words = {'head', '', nil, nil, nil, nil, nil, nil}
 
 -- The head: time of the last change and the server's time then (13 digits each), number of the last ledger entry (16),
 -- the ledger's epoch (13), the layout.
@@ -38,7 +43,7 @@ local function open(fields, read_only)
     values = call('HMGET', state_key, unpack(fields))
   end
   for at = 3, #fields do state[fields[at]] = values[at] end
-  local server_ms = test_now_ms
+  server_ms = test_now_ms + 0
   if server_ms == 0 then
     local time = call('TIME')
     server_ms = time[1] * 1000 + floor(time[2] / 1000)
@@ -50,16 +55,16 @@ local function open(fields, read_only)
     if sub(head, 56) ~= layout then
       return redis.error_reply('METERLIB_LAYOUT ' .. sub(head, 56) .. ' is the layout of the store, not ' .. layout)
     end
-    local last_ms = tonumber(sub(head, 1, 13))
+    local last_ms = sub(head, 1, 13) + 0
     if server_ms < last_ms then
       local last_server_ms = tonumber(sub(head, 14, 26))
+      set_back = server_ms < last_server_ms
       local step_ms = math.max(0, floor((server_ms - last_server_ms) / 2))
       now_ms = last_ms + step_ms
       server_ms = math.min(server_ms, last_server_ms + 2 * step_ms)
     end
-    number, epoch = tonumber(sub(head, 27, 42)), sub(head, 43, 55)
+    number, epoch = sub(head, 27, 42) + 0, sub(head, 43, 55)
   end
-  clock = format('%013d%013d', now_ms, server_ms)
 end
 
 local function read(field)
@@ -72,24 +77,19 @@ local function read(field)
 end
 
 local function write(field, value)
-  state[field] = value
-  changed[#changed + 1] = field
+  local size = #words
+  state[field], words[size + 1], words[size + 2] = value, field, value
 end
 
 -- Writes all that changed, then what follows from it. Every key was read before, so none has a wrong type.
 local function commit(following)
-  if #changed == 0 and not following then return end
-  local words = {'head', clock .. format('%016d', number) .. epoch .. layout}
-  for _, field in ipairs(changed) do
-    words[#words + 1] = field
-    words[#words + 1] = state[field]
-  end
+  if #words == 2 and not following and not set_back then return end
+  words[2] = format('%013d%013d%016d', now_ms, server_ms, number) .. epoch .. layout
   if following then
     following[#following + 1] = {'HDEL', state_key, 'pending'}
-    local lines = {}
-    for at, command in ipairs(following) do lines[at] = table.concat(command, '\31') .. '\31' end
-    words[#words + 1] = 'pending'
-    words[#words + 1] = table.concat(lines, '\30')
+    local lines = {nil, nil, nil, nil}
+    for at, command in ipairs(following) do lines[at] = table.concat(command, '\31') end
+    write('pending', table.concat(lines, '\31\30') .. '\31')
   end
   call('HSET', state_key, unpack(words))
   if following then

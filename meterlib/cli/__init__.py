@@ -67,6 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MeterError as error:
         print(f"meterlib: {error}", file=sys.stderr)
         return USAGE if isinstance(error, InvalidInput | PolicyError | UsageError) else FAILURE
+    except UnicodeEncodeError as error:
+        shown = ascii(error.object[error.start : error.end])
+        print(f"meterlib: {error.encoding} cannot encode {shown}; set PYTHONIOENCODING=utf-8", file=sys.stderr)
+        return FAILURE
     except OSError as error:
         print(f"meterlib: {error}", file=sys.stderr)
         return FAILURE

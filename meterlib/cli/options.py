@@ -8,6 +8,9 @@ from datetime import UTC, datetime, timedelta
 from meterlib.core.periods import zone
 from meterlib.errors import InvalidInput
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_FAR_AWAY = datetime(9999, 1, 1, tzinfo=UTC) - _EPOCH
+
 
 def add_config(parser: argparse.ArgumentParser) -> None:
     """Add `--config FILE`."""
@@ -52,7 +55,9 @@ def moment_ms(text: str, tz: str, option: str) -> int:
             moment = moment.replace(tzinfo=zone(tz))
             if moment.astimezone(UTC).astimezone(zone(tz)).replace(tzinfo=None) != moment.replace(tzinfo=None):
                 raise InvalidInput(option, f"{text!r:.80} does not exist in {tz}: the clocks are put forward then")
-        since_1970 = moment.astimezone(UTC) - datetime(1970, 1, 1, tzinfo=UTC)
+        since_1970 = moment.astimezone(UTC) - _EPOCH
     except OverflowError:
         raise InvalidInput(option, f"{text!r:.80} is too far away") from None
+    if not timedelta() <= since_1970 < _FAR_AWAY:
+        raise InvalidInput(option, f"{text!r:.80} is too far away")
     return -(-since_1970 // timedelta(milliseconds=1))

@@ -166,12 +166,9 @@ def _print_table(report: Report, completeness: Completeness) -> None:
     if rows:
         told = [column for column in report.columns if any(row.sums[column] for row in rows)]
         shown = [*_ALWAYS_SHOWN, *(column for column in told if column not in _ALWAYS_SHOWN)]
-        keys = [Column(name, key=True) for name in report.by] or [Column("", key=True)]
+        keys = [Column(name, key=True) for name in report.by]
         numbers = [Column(_HEADINGS.get(column, column), number=True) for column in shown]
-        lines = [
-            [*([_cell(value) for value in row.group] or [""]), *(f"{row.sums[column]:,}" for column in shown)]
-            for row in rows
-        ]
+        lines = [[*map(_cell, row.group), *(f"{row.sums[column]:,}" for column in shown)] for row in rows]
         last = ["total", *[""] * (len(keys) - 1), *(f"{total[column]:,}" for column in shown)]
         print_table([*keys, *numbers], lines, last)
     else:

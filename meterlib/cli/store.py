@@ -45,8 +45,11 @@ class Store:
 
     def ledger(self, shard: int, after: int = 0) -> Iterator[LedgerEntry]:
         """The entries of a shard behind number `after`, in order, as far as they go now."""
-        while page := self.run(flows.read_ledger(shard, after, PAGE)):
+        while True:
+            page = self.run(flows.read_ledger(shard, after, PAGE))
             yield from page
+            if len(page) < PAGE:
+                return
             after = page[-1].n
 
     def start_of(self, shard: int, since_ms: int, head: ShardHead) -> int:

@@ -23,6 +23,14 @@ _ATTRIBUTE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
 _SECRETS = ("sk-", "Bearer ", "Token ", "ghp_", "github_pat_", "xoxa-", "xoxb-", "xoxp-", "-----BEGIN ")
 
 
+def shown(value: object) -> str:
+    """A value for a message: short, and never an error of its own (integers may have too many digits to print)."""
+    try:
+        return f"{value!r:.40}"
+    except ValueError:
+        return f"an {type(value).__name__} of thousands of digits"
+
+
 def check_amount(value: object, field: str) -> int:
     """Return `value` if it is an integer from 0 to 2^53 - 1; booleans, floats and digits in strings are none."""
     if type(value) is not int:
@@ -63,18 +71,18 @@ def _is_attribute_name(name: str) -> bool:
     return bool(_ATTRIBUTE_NAME.fullmatch(name))
 
 
-def check_attributes(attributes: Mapping[str, str]) -> Mapping[str, str]:
+def check_attributes(attributes: Mapping[str, str], field: str = "attributes") -> Mapping[str, str]:
     """Return `attributes` if they are at most 20 short, printable facts and none looks like a secret."""
     if type(attributes) is not dict and not isinstance(attributes, Mapping):
-        raise InvalidInput("attributes", f"a mapping of text to text is needed, not {type(attributes).__name__}")
+        raise InvalidInput(field, f"a mapping of text to text is needed, not {type(attributes).__name__}")
     if len(attributes) > ATTRIBUTES_MAX:
-        raise InvalidInput("attributes", f"at most {ATTRIBUTES_MAX}, not {len(attributes)}")
+        raise InvalidInput(field, f"at most {ATTRIBUTES_MAX}, not {len(attributes)}")
     for name, value in attributes.items():
         if type(name) is not str or not _is_attribute_name(name):
-            raise InvalidInput("attributes", f"{name!r:.80} is no name: a letter, then up to 63 of A-Z a-z 0-9 _ . -")
-        check_text(value, f"attributes.{name}", ATTRIBUTE_BYTES_MAX)
+            raise InvalidInput(field, f"{shown(name)} is no name: a letter, then up to 63 of A-Z a-z 0-9 _ . -")
+        check_text(value, f"{field}.{name}", ATTRIBUTE_BYTES_MAX)
         if value.startswith(_SECRETS):
-            raise InvalidInput(f"attributes.{name}", "looks like a credential; those must never reach the store")
+            raise InvalidInput(f"{field}.{name}", "looks like a credential; those must never reach the store")
     return attributes
 
 
@@ -88,14 +96,18 @@ def check_id(value: object, field: str = "reservation_id") -> str:
 def check_lease_ms(lease_ms: object) -> int:
     """Return `lease_ms` if it is an integer from 1 ms to 24 hours."""
     if type(lease_ms) is not int or not 1 <= lease_ms <= LEASE_MS_MAX:
-        raise InvalidInput(
-            "lease_ms", f"an integer from 1 to {LEASE_MS_MAX} (24 h) is needed, not {lease_ms!r:.40}"
-        )
+        raise InvalidInput("lease_ms", f"an integer from 1 to {LEASE_MS_MAX} (24 h) is needed, not {shown(lease_ms)}")
     return lease_ms
 
 
-def check_count(value: Any, field: str, largest: int) -> int:
-    """Return `value` if it is an integer from 1 to `largest`."""
-    if type(value) is not int or not 1 <= value <= largest:
-        raise InvalidInput(field, f"an integer from 1 to {largest} is needed, not {value!r:.40}")
+def check_choice(value: Any, field: str, choices: tuple[str, ...]) -> None:
+    """Pass if `value` is one of the words."""
+    if not isinstance(value, str) or value not in choices:
+        raise InvalidInput(field, f"{shown(value)} is not one of {', '.join(choices)}")
+
+
+def check_count(value: Any, field: str, largest: int, least: int = 1) -> int:
+    """Return `value` if it is an integer from `least` to `largest`."""
+    if type(value) is not int or not least <= value <= largest:
+        raise InvalidInput(field, f"an integer from {least} to {largest} is needed, not {shown(value)}")
     return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Literal
@@ -11,9 +12,10 @@ from urllib.parse import quote
 
 import msgspec
 
-from meterlib.core.checks import AMOUNT_MAX, check_tenant
+from meterlib.core.checks import AMOUNT_MAX, check_tenant, shown
 from meterlib.core.operations import LimitArguments
 from meterlib.core.periods import PeriodName, period_at, zone
+from meterlib.core.usage import FORMULAS
 from meterlib.errors import InvalidInput, PolicyError
 
 LIMITS_PER_CALL_MAX = 16
@@ -23,6 +25,7 @@ SUB_WINDOWS = 60
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
 _UNIT = re.compile(r"[a-z][a-z0-9_]{0,63}")
+_MISTAKEN = ("tokens", "rpm", "tpm", "itpm", "otpm", "calls")
 _DURATION = re.compile(r"([0-9]{1,12})(ms|s|m|h|d)")
 _UNIT_MS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 
@@ -115,8 +118,11 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def __post_init__(self) -> None:
         # Lists are as welcome as tuples in code; frozen records are compared and compiled as tuples.
-        msgspec.structs.force_setattr(self, "limits", tuple(self.limits))
-        msgspec.structs.force_setattr(self, "tenants", tuple(self.tenants))
+        for name in ("limits", "tenants"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not isinstance(value, Sequence):
+                raise PolicyError(name.removesuffix("s"), f"a list is needed, not {type(value).__name__}")
+            msgspec.structs.force_setattr(self, name, tuple(value))
         _check_policy(self)
 
     @classmethod
@@ -126,8 +132,8 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         `buildkite-anthropic`: 50 requests and 50,000 input tokens in any minute, for each provider and tenant, where
         input tokens are `cache_creation_input_tokens + input_tokens`.
         """
-        if name not in PRESETS:
-            raise PolicyError("preset", f"{name!r} is not one of {', '.join(sorted(PRESETS))}")
+        if not isinstance(name, str) or name not in PRESETS:
+            raise PolicyError("preset", f"{shown(name)} is not one of {', '.join(sorted(PRESETS))}")
         return PRESETS[name]
 
     @classmethod
@@ -170,30 +176,67 @@ def _check_limit(limit: Limit, path: str) -> None:
         raise PolicyError(path, f"a Limit is needed, not {type(limit).__name__}")
     if not isinstance(limit.name, str) or not _NAME.fullmatch(limit.name):
         raise PolicyError(
-            f"{path}.name", f"{limit.name!r:.80} is no name: a letter, then up to 63 of A-Z a-z 0-9 _ . -"
+            f"{path}.name", f"{shown(limit.name)} is no name: a letter, then up to 63 of A-Z a-z 0-9 _ . -"
         )
     _check_quota(limit.quota, f"{path}.quota")
-    if not isinstance(limit.unit, str) or not _UNIT.fullmatch(limit.unit):
-        raise PolicyError(f"{path}.unit", f"{limit.unit!r:.80} is no unit: lower-case letters, digits and _")
+    _check_unit(limit.unit, f"{path}.unit")
     _check_span(limit, path)
-    if isinstance(limit.per, str):
-        raise PolicyError(f"{path}.per", f"a list of attribute names is needed, such as [{limit.per!r}]")
-    if len(set(limit.per)) != len(tuple(limit.per)):
-        raise PolicyError(f"{path}.per", f"names an attribute twice: {list(limit.per)}")
-    if "tenant" in limit.per:
-        raise PolicyError(f"{path}.per", "the tenant is part of the partition anyway, unless shared = true")
-    for name in (*limit.per, *limit.match):
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise PolicyError(f"{path}.per", f"{name!r:.80} is no attribute name")
+    _check_per(limit.per, f"{path}.per")
+    _check_match(limit.match, f"{path}.match")
+    _check_boolean(limit.shared, f"{path}.shared")
     _check_choice(limit.oversize, ("admit_when_idle", "reject"), f"{path}.oversize")
     _check_choice(limit.on_expiry, ("keep", "free"), f"{path}.on_expiry")
     if limit.on_expiry == "free" and limit.period is None:
         raise PolicyError(f"{path}.on_expiry", "only a period can free a hold that was never settled")
     if type(limit.retry_hint_ms) is not int or not 1 <= limit.retry_hint_ms <= 3_600_000:
-        raise PolicyError(f"{path}.retry_hint_ms", f"1 to 3600000 are allowed, not {limit.retry_hint_ms!r:.40}")
+        raise PolicyError(f"{path}.retry_hint_ms", f"1 to 3600000 are allowed, not {shown(limit.retry_hint_ms)}")
+
+
+def _check_unit(unit: object, path: str) -> None:
+    if not isinstance(unit, str) or not _UNIT.fullmatch(unit):
+        raise PolicyError(path, f"{shown(unit)} is no unit: lower-case letters, digits and _")
+    if unit not in FORMULAS and (unit in _MISTAKEN or get_close_matches(unit, FORMULAS, n=1, cutoff=0.8)):
+        problem = f"{unit!r} would be a unit of your own{nearest(unit, tuple(FORMULAS))}"
+        raise PolicyError(path, problem)
+
+
+def _check_per(per: object, path: str) -> None:
+    if isinstance(per, str):
+        raise PolicyError(path, f"a list of attribute names is needed, such as [{per!r}]")
+    if not isinstance(per, list | tuple):
+        raise PolicyError(path, f"a list of attribute names is needed, not {type(per).__name__}")
+    for name in per:
+        _check_attribute_name(name, path)
+    if len(set(per)) != len(per):
+        raise PolicyError(path, f"names an attribute twice: {list(per)}")
+    if "tenant" in per:
+        raise PolicyError(path, "the tenant is part of the partition anyway, unless shared = true")
+
+
+def _check_match(match: object, path: str) -> None:
+    if not isinstance(match, Mapping):
+        raise PolicyError(path, f"a table of attributes and what they match is needed, not {type(match).__name__}")
+    for name, patterns in match.items():
+        _check_attribute_name(name, path)
+        if name == "tenant":
+            raise PolicyError(path, "the tenant is no attribute; its own quotas stand in [[tenant]]")
+        listed = [patterns] if isinstance(patterns, str) else patterns
+        if not isinstance(listed, list | tuple) or not listed or not all(isinstance(p, str) and p for p in listed):
+            raise PolicyError(f"{path}.{name}", f"text or a list of texts is needed, not {shown(patterns)}")
+
+
+def _check_attribute_name(name: object, path: str) -> None:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise PolicyError(path, f"{shown(name)} is no attribute name")
+
+
+def _check_boolean(value: object, path: str) -> None:
+    if type(value) is not bool:
+        raise PolicyError(path, f"true or false is needed, not {shown(value)}")
 
 
 def _check_span(limit: Limit, path: str) -> None:
+    _check_boolean(limit.open, f"{path}.open")
     spans = [name for name in ("window", "period", "open") if getattr(limit, name)]
     if len(spans) != 1:
         found = " and ".join(spans) or "none"
@@ -206,18 +249,26 @@ def _check_span(limit: Limit, path: str) -> None:
         if not 1 <= window_ms <= WINDOW_MS_MAX:
             raise PolicyError(f"{path}.window", f"{limit.window!r} is not within 1ms and 31d")
     if limit.sub_windows is not None and (type(limit.sub_windows) is not int or not 1 <= limit.sub_windows <= 1000):
-        raise PolicyError(f"{path}.sub_windows", f"1 to 1000 are allowed, not {limit.sub_windows!r:.40}")
+        raise PolicyError(f"{path}.sub_windows", f"1 to 1000 are allowed, not {shown(limit.sub_windows)}")
     if limit.sub_windows is not None and limit.window is None:
         raise PolicyError(f"{path}.sub_windows", "only a sliding window has sub-windows")
+    if limit.period is None and limit.tz != "UTC":
+        raise PolicyError(f"{path}.tz", "only a calendar period is worked out in a time zone")
     if limit.period is not None:
         _check_choice(limit.period, ("hour", "day", "week", "month"), f"{path}.period")
         try:
             zone(limit.tz)
-        except (OSError, ValueError, KeyError):
-            raise PolicyError(f"{path}.tz", f"{limit.tz!r:.80} is no IANA time zone, such as 'Europe/Berlin'") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise PolicyError(
+                f"{path}.tz", f"{shown(limit.tz)} is no IANA time zone, such as 'Europe/Berlin'"
+            ) from None
 
 
 def _check_tenant(tenant: Tenant, path: str, limit_names: Sequence[str]) -> None:
+    if not isinstance(tenant, Tenant):
+        raise PolicyError(path, f"a Tenant is needed, not {type(tenant).__name__}")
+    if not isinstance(tenant.quotas, Mapping):
+        raise PolicyError(f"{path}.quotas", f"a table of limit names and quotas is needed, not {shown(tenant.quotas)}")
     try:
         check_tenant(tenant.name)
     except InvalidInput as error:
@@ -231,18 +282,16 @@ def _check_tenant(tenant: Tenant, path: str, limit_names: Sequence[str]) -> None
 
 def _check_quota(quota: object, path: str) -> None:
     if type(quota) is not int or not 0 <= quota <= AMOUNT_MAX:
-        raise PolicyError(path, f"an integer from 0 to 2^53 - 1 is needed, not {quota!r:.40}")
+        raise PolicyError(path, f"an integer from 0 to 2^53 - 1 is needed, not {shown(quota)}")
 
 
 def _check_choice(value: object, allowed: Sequence[str], path: str) -> None:
-    if value not in allowed:
-        raise PolicyError(path, f"{value!r:.80} is not one of {', '.join(allowed)}")
+    if not isinstance(value, str) or value not in allowed:
+        raise PolicyError(path, f"{shown(value)} is not one of {', '.join(allowed)}")
 
 
 def nearest(name: str, valid: Sequence[str]) -> str:
     """The ending of an error that names what was probably meant, and all that is valid."""
-    from difflib import get_close_matches
-
     close = get_close_matches(name, valid, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"{hint} (valid: {', '.join(sorted(valid)) or 'none'})"

@@ -143,6 +143,7 @@ class Work:
             raise LayoutMismatch(f"{shard.layout} is the layout of the store, not {layout}")
         self.shard, self.layout, self.sweep_max, self.retention_ms = shard, layout, sweep_max, retention_ms
         self.now_ms = self.server_ms = server_ms
+        self.set_back = bool(shard.layout) and server_ms < min(shard.clock_ms, shard.server_ms)
         if shard.layout and server_ms < shard.clock_ms:  # set back: time goes on at half speed
             step_ms = max(0, (server_ms - shard.server_ms) // 2)
             self.now_ms = shard.clock_ms + step_ms
@@ -290,8 +291,8 @@ class Work:
         if books or self.entries or self.ended or self.released:
             self.forget()
         forgot = len(shard.ended) != before
-        if not (forgot or dropped or self.changed_windows or self.records or self.entries or self.ended or self.released
-                or self.leases):  # fmt: skip
+        written = (self.changed_windows, self.records, self.entries, self.ended, self.released, self.leases)
+        if not (self.set_back or forgot or dropped or any(written)):
             return
         shard.layout, shard.clock_ms, shard.server_ms = self.layout, self.now_ms, self.server_ms
         shard.number, shard.epoch = self.number, self.epoch
@@ -349,7 +350,7 @@ def reserve(work: Work, operation: Reserve) -> Reply:
     if work.stale(limits):
         return ["stale_period", work.now_ms]
     if isinstance(record, Reservation):
-        reply: Reply = ["open", work.now_ms, record.reserved_at_ms, record.expires_at_ms]
+        reply: Reply = ["open", work.now_ms, record.reserved_at_ms, record.expires_at_ms, record.revision]
         return reply + [number for window in windows for number in window.describe()]
     verdicts = [verdict_of(window, limit) for window, limit in zip(windows, limits, strict=True)]
     if any(verdict != "passes" for verdict in verdicts):
@@ -369,7 +370,7 @@ def reserve(work: Work, operation: Reserve) -> Reply:
         work.now_ms, expires_at_ms, 0, operation.digest, operation.call_facts, operation.estimate, holds
     )
     work.leases.append((expires_at_ms, operation.reservation))
-    reply = ["reserved", work.now_ms, work.now_ms, expires_at_ms]
+    reply = ["reserved", work.now_ms, work.now_ms, expires_at_ms, 0]
     return reply + [number for window in windows for number in window.describe()]
 
 

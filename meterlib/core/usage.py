@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
-from msgspec.structs import astuple
+from msgspec.structs import astuple, force_setattr
 
-from meterlib.core.checks import check_amount
+from meterlib.core.checks import check_amount, check_text, shown
 from meterlib.errors import InvalidInput
 
 
@@ -18,8 +19,9 @@ class _Counts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         for position, value in enumerate(astuple(self)):
             if value is None or (type(value) is int and 0 <= value <= 9007199254740991):
                 continue
-            if type(value) is not str and not isinstance(value, _NESTED):
-                check_amount(value, f"usage.{self.__struct_fields__[position]}")
+            name = self.__struct_fields__[position]
+            if name not in _NO_COUNTS:
+                check_amount(value, f"usage.{name}")
 
 
 class CacheCreation(_Counts, frozen=True, kw_only=True, omit_defaults=True):
@@ -55,7 +57,14 @@ class Iteration(_Counts, frozen=True, kw_only=True, omit_defaults=True):
     output_tokens: int | None = None
 
 
-_NESTED = (_Counts, tuple, list, dict)
+_PARTS: Mapping[str, type] = {
+    "cache_creation": CacheCreation,
+    "output_tokens_details": OutputTokensDetails,
+    "server_tool_use": ServerToolUse,
+}
+_NO_COUNTS = {"type", "model", "service_tier", "speed", "inference_geo", "iterations", "amounts", *_PARTS}
+
+_UNIT = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 
 class Usage(_Counts, frozen=True, kw_only=True, omit_defaults=True):
@@ -85,7 +94,37 @@ class Usage(_Counts, frozen=True, kw_only=True, omit_defaults=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("service_tier", "speed", "inference_geo"):
+            text = getattr(self, name)
+            if text is not None:
+                check_text(text, f"usage.{name}", 128)
+        for name, kind in _PARTS.items():
+            part = getattr(self, name)
+            if part is not None and not isinstance(part, kind):
+                raise InvalidInput(f"usage.{name}", f"{kind.__name__} is needed, not {type(part).__name__}")
+        if self.iterations != ():
+            self._check_iterations()
+        if self.amounts != {}:
+            self._check_amounts()
+
+    def _check_iterations(self) -> None:
+        if not isinstance(self.iterations, list | tuple):
+            problem = f"a list of Iteration is needed, not {type(self.iterations).__name__}"
+            raise InvalidInput("usage.iterations", problem)
+        for position, iteration in enumerate(self.iterations):
+            if not isinstance(iteration, Iteration):
+                problem = f"an Iteration is needed, not {type(iteration).__name__}"
+                raise InvalidInput(f"usage.iterations[{position}]", problem)
+
+    def _check_amounts(self) -> None:
+        if not isinstance(self.amounts, Mapping):
+            problem = f"a mapping of units to whole numbers is needed, not {type(self.amounts).__name__}"
+            raise InvalidInput("usage.amounts", problem)
+        # A copy: what the caller does to its own dict later must not change what was checked.
+        force_setattr(self, "amounts", dict(self.amounts))
         for unit, amount in self.amounts.items():
+            if not isinstance(unit, str) or not _UNIT.fullmatch(unit):
+                raise InvalidInput("usage.amounts", f"{shown(unit)} is no unit: lower-case letters, digits and _")
             if unit in FORMULAS:
                 raise InvalidInput(f"usage.amounts.{unit}", "this unit is worked out from the token counts")
             check_amount(amount, f"usage.amounts.{unit}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from threading import Lock
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -18,6 +20,7 @@ from meterlib.store.drivers import (
 from meterlib.store.embedded import EmbeddedServer, parse_embedded_url
 
 Face = Literal["sync", "async"]
+_ENCODE = "a / ? # or @ in a user name or password is written %2F %3F %23 %40"
 SCHEMES = ("redis", "rediss", "unix", "redis+cluster", "rediss+cluster", "redis+sentinel", "embedded", "memory")
 
 
@@ -28,7 +31,7 @@ def driver_for_url(url: str, options: StoreOptions, clock: Clock | None, face: F
         InvalidInput: the URL's scheme is unknown or its parts make no sense. The URL itself may hold a password, so the
             message does not repeat it.
     """
-    scheme = url.partition("://")[0] if isinstance(url, str) else ""
+    scheme = url.partition("://")[0] if "://" in url else ""
     if scheme not in SCHEMES:
         raise InvalidInput("url", f"its scheme must be one of {', '.join(f'{known}://' for known in SCHEMES)}")
     if scheme == "memory":
@@ -41,15 +44,55 @@ def driver_for_url(url: str, options: StoreOptions, clock: Clock | None, face: F
         except ValueError as error:
             raise InvalidInput("url", str(error)) from None
         return embedded_driver(server, options, clock, face)
+    _check_url(url, scheme)
+    make = _cluster if scheme.endswith("+cluster") else _sentinel if scheme == "redis+sentinel" else _single
     try:
-        client = (
-            _cluster(url, options, face)
-            if scheme.endswith("+cluster")
-            else (_sentinel(url, options, face) if scheme == "redis+sentinel" else _single(url, options, face))
-        )
-    except ValueError as error:
-        raise InvalidInput("url", f"cannot be understood: {_without(url, str(error))}") from None
+        client = make(url, options, face)
+    except (ValueError, TypeError):
+        raise InvalidInput("url", "one of its parts makes no sense, such as an unknown setting behind the ?") from None
     return driver(client, options, clock)
+
+
+def _check_url(url: str, scheme: str) -> None:
+    """What urllib and redis-py would take for something else, or would repeat in an error, password and all."""
+    try:
+        parts = urlsplit(url)
+        hosts = parts.netloc.rpartition("@")[2].split(",")
+        ports = [urlsplit(f"//{host}").port for host in hosts]
+    except ValueError:
+        raise InvalidInput("url", f"its host or port makes no sense ({_ENCODE})") from None
+    if parts.fragment or "@" in parts.path + parts.query:
+        raise InvalidInput("url", _ENCODE)
+    if len(ports) > 1 and scheme != "redis+sentinel":
+        raise InvalidInput("url", "only redis+sentinel:// names several hosts")
+    path = parts.path.strip("/")
+    if scheme in ("redis", "rediss") and path and not (path.isascii() and path.isdigit()):
+        raise InvalidInput("url", "the number of a database is needed behind the host, such as /0")
+    if scheme.endswith("+cluster") and path not in ("", "0"):
+        raise InvalidInput("url", "a cluster has no databases but 0")
+    if scheme == "unix" and not path:
+        raise InvalidInput("url", "the path of a socket is needed, such as unix:///run/valkey.sock")
+    service, _, database = path.partition("/")
+    if scheme == "redis+sentinel" and (not service or not (database or "0").isdigit()):
+        raise InvalidInput("url", "a service is needed, and perhaps a database: redis+sentinel://host:26379/SERVICE/0")
+
+
+class _Later:
+    """A client that is made at its first call: a cluster's asks its nodes as soon as it is made."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make = make
+        self._client: Any = None
+        self._lock = Lock()
+
+    def execute_command(self, *words: Any, **options: Any) -> Any:
+        with self._lock:
+            self._client = self._client or self._make()
+        return self._client.execute_command(*words, **options)
+
+    def close(self) -> None:
+        if self._client:
+            self._client.close()
 
 
 def driver_for_client(client: Any, options: StoreOptions, clock: Clock | None, face: Face) -> Any:
@@ -84,6 +127,7 @@ def _single(url: str, options: StoreOptions, face: Face) -> Any:
     else:
         from redis import BlockingConnectionPool, Redis  # type: ignore[assignment]
     pool = BlockingConnectionPool.from_url(url, **_settings(options, face), **_pool_settings(options))
+    pool.connection_class(**pool.connection_kwargs)  # says now if a setting of the URL is unknown; opens nothing
     return Redis.from_pool(pool)
 
 
@@ -105,9 +149,10 @@ def _cluster(url: str, options: StoreOptions, face: Face) -> Any:
         from redis.asyncio.cluster import RedisCluster
     else:
         from redis.cluster import RedisCluster  # type: ignore[assignment]
-    if urlsplit(url).path not in ("", "/", "/0"):
-        raise ValueError("a cluster has no databases but 0")
-    return RedisCluster.from_url(url.replace("+cluster", "", 1), **_settings(options, face))
+    plain_url, settings = url.replace("+cluster", "", 1), _settings(options, face)
+    if face == "async":
+        return RedisCluster.from_url(plain_url, **settings)
+    return _Later(lambda: RedisCluster.from_url(plain_url, **settings))
 
 
 def _sentinel(url: str, options: StoreOptions, face: Face) -> Any:
@@ -118,8 +163,6 @@ def _sentinel(url: str, options: StoreOptions, face: Face) -> Any:
         from redis.sentinel import Sentinel  # type: ignore[assignment]
     parts = urlsplit(url)
     hosts, (service, _, database) = parts.netloc.rpartition("@")[2], parts.path.strip("/").partition("/")
-    if not service:
-        raise ValueError("the service's name is missing: redis+sentinel://host:26379/SERVICE")
     nodes = [
         (host or "localhost", int(port or 26379)) for host, _, port in (n.partition(":") for n in hosts.split(","))
     ]
@@ -130,7 +173,11 @@ def _sentinel(url: str, options: StoreOptions, face: Face) -> Any:
 
 
 def _settings(options: StoreOptions, face: Face) -> dict[str, Any]:
-    """Our drivers repeat calls themselves, under one deadline and one id; redis-py must not do so on its own."""
+    """Our drivers repeat calls themselves, under one deadline and one id; redis-py must not do so on its own.
+
+    RESP2, since with RESP3 redis-py 8 hands out pooled connections that still hold another call's reply: it takes what
+    is waiting there for a push message of its maintenance notifications.
+    """
     from redis.backoff import NoBackoff
 
     if face == "async":
@@ -138,14 +185,9 @@ def _settings(options: StoreOptions, face: Face) -> dict[str, Any]:
     else:
         from redis.retry import Retry  # type: ignore[assignment]
     timeout_s = options.timeout_ms / 1000
-    return {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s, "retry": Retry(NoBackoff(), 0)}
+    timeouts = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
+    return {"protocol": 2, "retry": Retry(NoBackoff(), 0), **timeouts}
 
 
 def _pool_settings(options: StoreOptions) -> dict[str, Any]:
     return {"max_connections": options.connections_max, "timeout": options.deadline_ms / 1000}
-
-
-def _without(url: str, message: str) -> str:
-    """A message about a URL without the URL's credentials."""
-    credentials = urlsplit(url).netloc.rpartition("@")[0]
-    return message.replace(url, "the URL").replace(credentials, "***") if credentials else message

@@ -10,18 +10,19 @@ from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar
 
 import msgspec
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import NoScriptError
 
 from meterlib.core import rules
 from meterlib.core.operations import Argument, Reply
-from meterlib.errors import MeterError, PolicyError, StoreCorrupt, StoreUnavailable
+from meterlib.errors import MeterError, PolicyError, StoreCorrupt, StoreUnavailable, UsageError
 from meterlib.store.commands import Call, Command, Flow, ReadHead, ReadLedger, ReadOwners, ReadWindows, ShardHead
 from meterlib.store.embedded import EmbeddedServer
-from meterlib.store.faults import Attempts, corrupt
+from meterlib.store.faults import FAILURES, Attempts, corrupt
 from meterlib.store.keys import layout, layout_key, shard_keys
 from meterlib.store.scripts import Script, script
 
 T = TypeVar("T")
+READING = ("peek", "find")
 _PREFIX = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 
 
@@ -145,7 +146,7 @@ class SyncDriver:
                 except MeterError as error:
                     command = flow.throw(error)
                 else:
-                    command = flow.send(answer)
+                    command = answered(flow, command, answer)
         except StopIteration as done:
             result: T = done.value
             return result
@@ -176,7 +177,7 @@ class SyncDriver:
     def call(self, name: str, shard: int, operations: Sequence[Any], sweep_max: int | None = None) -> list[Reply]:
         """Run a batch of operations of one script on one shard, in one call."""
         if not self._layout_checked:
-            self._check_layout()
+            self._check_layout(reads=name in READING)
         _, text, sha = self._calls.script(name)
         arguments = self._calls.arguments(shard, operations, sweep_max)
         attempts: Attempts | None = None
@@ -187,7 +188,7 @@ class SyncDriver:
                 except NoScriptError:
                     replies = self.client.execute_command("EVAL", text, *arguments, NEVER_DECODE=True)
                 return self._calls.checked(name, len(operations), replies)
-            except (RedisError, OSError) as error:
+            except FAILURES as error:
                 attempts = attempts or Attempts(name, self.options.deadline_ms)
                 self._pause(attempts.pause_s(error))
 
@@ -196,13 +197,18 @@ class SyncDriver:
         while True:
             try:
                 return self.client.execute_command(*words, NEVER_DECODE=True)
-            except (RedisError, OSError) as error:
+            except FAILURES as error:
                 self._pause(attempts.pause_s(error))
 
-    def _check_layout(self) -> None:
-        """Tenants are spread over shards by their number: nobody may use the store with another one."""
+    def _check_layout(self, *, reads: bool = False) -> None:
+        """Tenants are spread over shards by their number: nobody may use the store with another one.
+
+        Who comes first to write says it; looking at a store that is not used yet does not.
+        """
         key, own = layout_key(self.options.prefix), layout(self.options.shards)
         stored = self._retrying("layout", "GET", key)
+        if stored is None and reads:
+            return
         if stored is None:
             self._retrying("layout", "SETNX", key, own)
             stored = self._retrying("layout", "GET", key)
@@ -228,6 +234,7 @@ class AsyncDriver:
         self._calls = _Calls(options, clock, plain=plain)
         self.server: EmbeddedServer | None = None
         self._layout_checked = False
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def run(self, flow: Flow[T]) -> T:
         """Run a flow to its result; failures are thrown into it."""
@@ -239,12 +246,17 @@ class AsyncDriver:
                 except MeterError as error:
                     command = flow.throw(error)
                 else:
-                    command = flow.send(answer)
+                    command = answered(flow, command, answer)
         except StopIteration as done:
             result: T = done.value
             return result
 
     async def execute(self, command: Command) -> Any:
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            if self._loop is not None:
+                raise UsageError("this meter belongs to another event loop: make one meter for each")
+            self._loop = loop
         if isinstance(command, Call):
             return (await self.call(command.script, command.shard, (command.operation,), command.sweep_max))[0]
         if isinstance(command, ReadLedger):
@@ -270,7 +282,7 @@ class AsyncDriver:
     async def call(self, name: str, shard: int, operations: Sequence[Any], sweep_max: int | None = None) -> list[Reply]:
         """Run a batch of operations of one script on one shard, in one call."""
         if not self._layout_checked:
-            await self._check_layout()
+            await self._check_layout(reads=name in READING)
         _, text, sha = self._calls.script(name)
         arguments = self._calls.arguments(shard, operations, sweep_max)
         attempts: Attempts | None = None
@@ -281,7 +293,7 @@ class AsyncDriver:
                 except NoScriptError:
                     replies = await self.client.execute_command("EVAL", text, *arguments, NEVER_DECODE=True)
                 return self._calls.checked(name, len(operations), replies)
-            except (RedisError, OSError) as error:
+            except FAILURES as error:
                 attempts = attempts or Attempts(name, self.options.deadline_ms)
                 await self._pause(attempts.pause_s(error))
 
@@ -290,13 +302,18 @@ class AsyncDriver:
         while True:
             try:
                 return await self.client.execute_command(*words, NEVER_DECODE=True)
-            except (RedisError, OSError) as error:
+            except FAILURES as error:
                 await self._pause(attempts.pause_s(error))
 
-    async def _check_layout(self) -> None:
-        """Tenants are spread over shards by their number: nobody may use the store with another one."""
+    async def _check_layout(self, *, reads: bool = False) -> None:
+        """Tenants are spread over shards by their number: nobody may use the store with another one.
+
+        Who comes first to write says it; looking at a store that is not used yet does not.
+        """
         key, own = layout_key(self.options.prefix), layout(self.options.shards)
         stored = await self._retrying("layout", "GET", key)
+        if stored is None and reads:
+            return
         if stored is None:
             await self._retrying("layout", "SETNX", key, own)
             stored = await self._retrying("layout", "GET", key)
@@ -341,7 +358,7 @@ class MemoryDriver:
                 except MeterError as error:
                     command = flow.throw(error)
                 else:
-                    command = flow.send(answer)
+                    command = answered(flow, command, answer)
         except StopIteration as done:
             result: T = done.value
             return result
@@ -400,6 +417,17 @@ class AsyncMemoryDriver(MemoryDriver):
 
     async def aclose(self) -> None:
         """Nothing to close: the store is its owner's."""
+
+
+def answered(flow: Flow[T], command: Command, answer: Any) -> Command:
+    """The flow's next command. An answer that it cannot read came from no script: its outcome is unknown."""
+    try:
+        return flow.send(answer)
+    except MeterError:
+        raise
+    except (IndexError, TypeError, ValueError) as error:
+        name = command.script if isinstance(command, Call) else type(command).__name__
+        raise StoreUnavailable(name, f"an answer that is none: {answer!r:.80}") from error
 
 
 def stored_fields(entry: dict[str, Any]) -> dict[bytes, bytes]:

@@ -18,6 +18,7 @@ _REFUSALS = {
     "NOAUTH": "it wants a password",
     "WRONGPASS": "the password is wrong",
 }
+FAILURES = (exceptions.RedisError, exceptions.RedisClusterException, OSError)
 FIRST_WAIT_S = 0.005
 LONGEST_WAIT_S = 0.25
 
@@ -53,8 +54,10 @@ def verdict(operation: str, error: Exception) -> MeterError | None:
         return error
     if isinstance(error, (exceptions.AuthenticationError, exceptions.NoPermissionError)):
         return StoreRefused(operation, f"it refused our credentials or lacks a permission ({_short(error)})")
-    if isinstance(error, exceptions.ReadOnlyError | exceptions.TryAgainError):
+    if isinstance(error, exceptions.ReadOnlyError | exceptions.TryAgainError | exceptions.ClusterError):
         return None
+    if isinstance(error, exceptions.OutOfMemoryError):
+        return StoreRefused(operation, _REFUSALS["OOM"])
     if isinstance(error, exceptions.ResponseError):
         for word, meaning in _REFUSALS.items():
             if text.startswith(word) or f" {word} " in text[:200]:
@@ -62,9 +65,7 @@ def verdict(operation: str, error: Exception) -> MeterError | None:
         if any(text.startswith(word) for word in _PASSING):
             return None
         return corrupt(operation, text)
-    if isinstance(error, exceptions.RedisError | OSError):
-        return None  # connection lost, time-out, failover under way: the outcome is unknown
-    return None
+    return None  # connection lost, time-out, failover under way: the outcome is unknown
 
 
 def corrupt(operation: str, text: str) -> MeterError:

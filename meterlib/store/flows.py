@@ -11,13 +11,16 @@ from urllib.parse import unquote
 import msgspec
 
 from meterlib.core.checks import (
+    AMOUNT_MAX,
     LEASE_MS_MAX,
     check_attributes,
+    check_choice,
     check_count,
     check_id,
     check_lease_ms,
     check_tenant,
     check_text,
+    shown,
 )
 from meterlib.core.decisions import LimitState, quota_exceeded, states_of
 from meterlib.core.ledger import (
@@ -46,7 +49,7 @@ from meterlib.core.operations import (
     Settle,
     Sweep,
 )
-from meterlib.core.policy import BoundLimit, CompiledPolicy, Funding, Limit, Policy, encoded, reservation_field
+from meterlib.core.policy import BoundLimit, CompiledPolicy, Funding, Limit, Policy, encoded, nearest, reservation_field
 from meterlib.core.usage import Usage, amount_of, amounts_of
 from meterlib.errors import (
     InvalidInput,
@@ -63,7 +66,8 @@ from meterlib.store.keys import shard_of
 LEASE_MS = 600_000
 SWEEP_PIECE = 100
 _STALE_TRIES = 4
-_FACTS_MAX = 20
+FUNDINGS = ("hosted", "own")
+QUALITIES = ("final", "partial", "estimated", "split_unknown")
 
 
 class Granted(msgspec.Struct, kw_only=True):
@@ -79,6 +83,7 @@ class Granted(msgspec.Struct, kw_only=True):
         expires_at_ms: when its lease ends unless renewed.
         limits: every limit it touches, as it stood right after the hold was taken.
         metered: False when the store was down and the policy lets calls pass: no limit was asked.
+        revision: how often it was revised or renewed when this was made of a reservation that was open already.
     """
 
     tenant: str
@@ -90,6 +95,7 @@ class Granted(msgspec.Struct, kw_only=True):
     expires_at_ms: int
     limits: tuple[LimitState, ...]
     metered: bool = True
+    revision: int = 0
 
 
 class Found(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,6 +130,9 @@ class Context:
     def __init__(
         self, policy: Policy, options: StoreOptions, clock: Clock | None, when_down: Literal["deny", "allow"]
     ) -> None:
+        check_choice(when_down, "when_down", ("deny", "allow"))
+        if clock is not None and type(getattr(clock, "now_ms", None)) is not int:
+            raise InvalidInput("clock", f"something with now_ms, whole ms since 1970, is needed, not {shown(clock)}")
         self.options = options
         self.clock = clock
         self.when_down = when_down
@@ -137,6 +146,8 @@ class Context:
 
     @policy.setter
     def policy(self, policy: Policy) -> None:
+        if not isinstance(policy, Policy):
+            raise InvalidInput("policy", f"a Policy is needed, not {type(policy).__name__}")
         for at, limit in enumerate(policy.limits):
             if limit.shared and self.options.shards != 1:
                 problem = "a limit that all tenants share needs a store with one shard ([store] shards = 1)"
@@ -145,7 +156,8 @@ class Context:
 
     def now_ms(self) -> int:
         """About the store's time; only used to tell which calendar period it is."""
-        return self.clock.now_ms if self.clock else time.time_ns() // 1_000_000 + self._offset_ms
+        own_ms = self.clock.now_ms if self.clock else time.time_ns() // 1_000_000
+        return own_ms + self._offset_ms
 
     def learn(self, store_now_ms: int) -> None:
         """The store said what time it is, since ours was wrong about a period."""
@@ -174,6 +186,8 @@ def reserve(
     check_attributes(attributes)
     _check_usage(usage)
     check_lease_ms(lease_ms)
+    if funding is not None:
+        check_choice(funding, "funding", FUNDINGS)
     taken_id = new_id() if reservation_id is None else check_id(reservation_id)
     compiled = context.compiled
     funding = funding or compiled.funding_of(tenant)
@@ -216,7 +230,8 @@ def reserve(
         estimate=usage,
         reserved_at_ms=int(reply[2]),
         expires_at_ms=int(reply[3]),
-        limits=states_of(bound, reply, 4),
+        limits=states_of(bound, reply, 5),
+        revision=int(reply[4]),
     )
 
 
@@ -238,29 +253,33 @@ def _unmetered(
     )
 
 
-def revise(
-    context: Context, tenant: str, reservation_id: str, usage: Usage | None, lease_ms: int = 0, revision: int = 0
-) -> Flow[int]:
-    """Hold a better estimate, or prolong the lease; returns when the lease ends, in ms since 1970 UTC.
+def revise(context: Context, tenant: str, reservation_id: str, usage: Usage, revision: int = 0) -> Flow[int]:
+    """Hold a better estimate; see `Meter.revise`."""
+    _check_usage(usage)
+    amounts = amounts_of(usage, context.compiled.units)
+    return (yield from _change(context, tenant, reservation_id, revision, 0, encode(usage), amounts))
 
-    See `Meter.revise` and `Meter.renew`.
-    """
+
+def renew(context: Context, tenant: str, reservation_id: str, lease_ms: int, revision: int = 0) -> Flow[int]:
+    """Prolong the lease; returns when it ends, in ms since 1970 UTC. See `Meter.renew`."""
+    check_lease_ms(lease_ms)
+    return (yield from _change(context, tenant, reservation_id, revision, lease_ms, b"", ()))
+
+
+def _change(
+    context: Context,
+    tenant: str,
+    reservation_id: str,
+    revision: int,
+    lease_ms: int,
+    estimate: bytes,
+    amounts: tuple[tuple[str, int], ...],
+) -> Flow[int]:
     check_tenant(tenant)
     check_id(reservation_id)
-    if lease_ms:
-        check_lease_ms(lease_ms)
-    amounts: tuple[tuple[str, int], ...] = ()
-    if usage is not None:
-        _check_usage(usage)
-        amounts = amounts_of(usage, context.compiled.units)
-    operation = Revise(
-        reservation_field(tenant, reservation_id),
-        revision,
-        lease_ms,
-        LEASE_MS_MAX,
-        b"" if usage is None else encode(usage),
-        amounts,
-    )
+    check_count(revision, "revision", AMOUNT_MAX, least=0)
+    field = reservation_field(tenant, reservation_id)
+    operation = Revise(field, revision, lease_ms, LEASE_MS_MAX, estimate, amounts)
     reply: Reply = yield Call("revise", context.shard_of(tenant), operation)
     status = _status(reply)
     if status == "absent":
@@ -403,6 +422,8 @@ def record(
     check_tenant(tenant)
     check_attributes(attributes)
     _check_usage(usage)
+    if funding is not None:
+        check_choice(funding, "funding", FUNDINGS)
     taken_id = new_id() if record_id is None else check_id(record_id, "record_id")
     call_facts = CallFacts(tenant=tenant, attributes=attributes, funding=funding or context.compiled.funding_of(tenant))
     bound = context.compiled.limits_of(tenant, attributes)
@@ -420,10 +441,12 @@ def adjust(
     adjust_id: str | None,
 ) -> Flow[LedgerEntry]:
     """Book a signed correction of an entry; see `Meter.adjust`."""
+    if not isinstance(entry, LedgerEntry):
+        raise InvalidInput("entry", f"a LedgerEntry is needed, not {type(entry).__name__}")
     check_text(reason, "reason", 256)
     if actor:
         check_text(actor, "actor", 128)
-    _check_difference(difference, "difference")
+    _check_difference(difference, "difference", _DIFFERENCE)
     taken_id = new_id() if adjust_id is None else check_id(adjust_id, "adjust_id")
     outcome = Outcome(
         usage=difference,
@@ -560,6 +583,7 @@ def sweep_piece(context: Context, shard: int, cursor: int, scan_count: int = 200
 def read_ledger(shard: int, after: int, count: int) -> Flow[list[LedgerEntry]]:
     """The entries of a shard behind number `after`, at most `count`."""
     check_count(count, "count", 10_000)
+    check_count(after, "after", AMOUNT_MAX, least=0)
     page = yield ReadLedger(shard, after, count)
     return [entry_of(shard, n, fields) for n, fields in page]
 
@@ -576,12 +600,8 @@ def _arguments(context: Context, bound: Sequence[BoundLimit], usage: Usage) -> t
 
 
 def _outcome(usage: Usage, quality: Quality, facts: Mapping[str, str] | None) -> Outcome:
-    if quality not in ("final", "partial", "estimated", "split_unknown"):
-        raise InvalidInput("quality", f"{quality!r:.40} is not one of final, partial, estimated, split_unknown")
-    facts = {} if facts is None else facts
-    if len(facts) > _FACTS_MAX:
-        raise InvalidInput("facts", f"at most {_FACTS_MAX}, not {len(facts)}")
-    check_attributes(facts)
+    check_choice(quality, "quality", QUALITIES)
+    facts = {} if facts is None else check_attributes(facts, "facts")
     return Outcome(usage=counts_of(usage), quality=quality, facts=facts)
 
 
@@ -590,15 +610,32 @@ def _check_usage(usage: object) -> None:
         raise InvalidInput("usage", f"a Usage is needed, not {type(usage).__name__}")
 
 
-def _check_difference(difference: object, field: str) -> None:
-    """A correction has a usage's names and nesting, and whole numbers of either sign."""
+_DIFFERENCE: Mapping[str, object] = {
+    "input_tokens": int,
+    "cache_creation_input_tokens": int,
+    "cache_read_input_tokens": int,
+    "output_tokens": int,
+    "cache_creation": {"ephemeral_5m_input_tokens": int, "ephemeral_1h_input_tokens": int},
+    "output_tokens_details": {"thinking_tokens": int},
+    "server_tool_use": {"web_search_requests": int, "web_fetch_requests": int, "code_execution_requests": int},
+    "amounts": None,
+}
+"""What a correction may name: a usage's counts, in its nesting, and units of the caller's own."""
+
+
+def _check_difference(difference: object, field: str, allowed: object) -> None:
     if not isinstance(difference, Mapping) or not difference:
         raise InvalidInput(field, "a mapping of a usage's fields to whole numbers is needed, and not an empty one")
     for name, value in difference.items():
-        if isinstance(value, Mapping):
-            _check_difference(value, f"{field}.{name}")
-        elif type(value) is not int or abs(value) > 2**53 - 1:
-            raise InvalidInput(f"{field}.{name}", f"a whole number within 2^53 is needed, not {value!r:.40}")
+        if not isinstance(name, str) or not name.isascii():
+            raise InvalidInput(field, f"{shown(name)} is no field of a usage")
+        if isinstance(allowed, Mapping) and name not in allowed:
+            raise InvalidInput(f"{field}.{name}", f"a usage has no such field{nearest(name, tuple(allowed))}")
+        inner = allowed.get(name) if isinstance(allowed, Mapping) else int
+        if inner is not int:
+            _check_difference(value, f"{field}.{name}", inner)
+        elif type(value) is not int or abs(value) > AMOUNT_MAX:
+            raise InvalidInput(f"{field}.{name}", f"a whole number within 2^53 is needed, not {shown(value)}")
 
 
 def _stale(context: Context, reply: Reply) -> bool:

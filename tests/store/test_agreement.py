@@ -182,7 +182,11 @@ class Histories(RuleBasedStateMachine):
             and self.shard.ended == untouched.ended
             and self.shard.leases == untouched.leases
         ):
-            assert before == self.dump(self.fake), "a denied call changed something"
+            after = self.dump(self.fake)
+            for state in (before[0], after[0]):
+                state.pop("head", None)  # that the clock was set back is noted, whatever else happens
+
+            assert before == after, "a denied call changed something"
         if count == 1:
             self.check_retry(operations[0])
 
@@ -298,7 +302,7 @@ class Histories(RuleBasedStateMachine):
     @rule()
     def repeat(self) -> None:
         """The last call again, as a client does whose time-out came before the answer: it is told the same."""
-        if self.last and self.last[2][0] in ("settled", "recorded", "cancelled", "repeated"):
+        if self.last and self.last[2][0] in ("settled", "recorded", "cancelled"):
             name, operation, answer = self.last
             again = self.call(name, [operation])[0]
             told = slice(2, 6) if name != "cancel" else slice(2, 5)

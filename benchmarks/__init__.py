@@ -1,0 +1,1 @@
+"""Measurements to read, never tests to pass: `python -m benchmarks.reserve`."""

@@ -1,0 +1,1 @@
+"""The pure core: calendar periods, the formulas of units, and which limits a call touches."""
