@@ -14,7 +14,7 @@ from redis.exceptions import NoScriptError
 
 from meterlib.core import rules
 from meterlib.core.operations import Argument, Reply
-from meterlib.errors import MeterError, PolicyError, StoreCorrupt, StoreUnavailable, UsageError
+from meterlib.errors import MeterError, PolicyError, StoreCorrupt, StoreRefused, StoreUnavailable, UsageError
 from meterlib.store.commands import Call, Command, Flow, ReadHead, ReadLedger, ReadOwners, ReadWindows, ShardHead
 from meterlib.store.embedded import EmbeddedServer
 from meterlib.store.faults import FAILURES, Attempts, corrupt
@@ -184,10 +184,13 @@ class SyncDriver:
         while True:
             try:
                 try:
-                    replies = self.client.execute_command("EVALSHA", sha, *arguments, NEVER_DECODE=True)
+                    replies = self._send("EVALSHA", sha, *arguments)
                 except NoScriptError:
-                    replies = self.client.execute_command("EVAL", text, *arguments, NEVER_DECODE=True)
+                    replies = self._send("EVAL", text, *arguments)
                 return self._calls.checked(name, len(operations), replies)
+            except StoreUnavailable:
+                self._forget_connections()
+                raise
             except FAILURES as error:
                 attempts = attempts or Attempts(name, self.options.deadline_ms)
                 self._pause(attempts.pause_s(error))
@@ -196,9 +199,24 @@ class SyncDriver:
         attempts = Attempts(name, self.options.deadline_ms)
         while True:
             try:
-                return self.client.execute_command(*words, NEVER_DECODE=True)
+                return self._send(*words)
             except FAILURES as error:
                 self._pause(attempts.pause_s(error))
+
+    def _send(self, *words: Argument) -> Any:
+        try:
+            return self.client.execute_command(*words, NEVER_DECODE=True)
+        except Exception:
+            raise
+        except BaseException:
+            # An interrupt may strike between a request and its answer; the next call must not take that for its own.
+            self._forget_connections()
+            raise
+
+    def _forget_connections(self) -> None:
+        pool = getattr(self.client, "connection_pool", None)
+        if pool is not None:
+            pool.disconnect(inuse_connections=False)
 
     def _check_layout(self, *, reads: bool = False) -> None:
         """Tenants are spread over shards by their number: nobody may use the store with another one.
@@ -210,8 +228,13 @@ class SyncDriver:
         if stored is None and reads:
             return
         if stored is None:
-            self._retrying("layout", "SETNX", key, own)
-            stored = self._retrying("layout", "GET", key)
+            try:
+                self._retrying("layout", "SETNX", key, own)
+            except StoreRefused:
+                return  # out of memory: settlements must go on all the same, and the next call asks again
+            stored = self._retrying("layout", "GET", key) or own.encode()
+        if not isinstance(stored, bytes):
+            raise StoreUnavailable("layout", f"an answer that is none: {stored!r:.80}")
         if stored.decode() != own:
             raise corrupt("layout", f"METERLIB_LAYOUT {stored.decode()} is the layout of the store, not {own}")
         self._layout_checked = True
@@ -315,8 +338,13 @@ class AsyncDriver:
         if stored is None and reads:
             return
         if stored is None:
-            await self._retrying("layout", "SETNX", key, own)
-            stored = await self._retrying("layout", "GET", key)
+            try:
+                await self._retrying("layout", "SETNX", key, own)
+            except StoreRefused:
+                return  # out of memory: settlements must go on all the same, and the next call asks again
+            stored = await self._retrying("layout", "GET", key) or own.encode()
+        if not isinstance(stored, bytes):
+            raise StoreUnavailable("layout", f"an answer that is none: {stored!r:.80}")
         if stored.decode() != own:
             raise corrupt("layout", f"METERLIB_LAYOUT {stored.decode()} is the layout of the store, not {own}")
         self._layout_checked = True

@@ -84,6 +84,8 @@ def corrupt(operation: str, text: str) -> MeterError:
         return StoreCorrupt(
             f"{operation}: a key of this prefix is of a foreign type; nothing was written ({text[:200]})"
         )
+    if "script" in text:
+        return StoreCorrupt(f"{operation}: the script failed on what it found in the store ({text[:200]})")
     return StoreRefused(operation, text[:300])
 
 

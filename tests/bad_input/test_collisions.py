@@ -135,8 +135,6 @@ def test_every_verb_stays_in_its_tenants_slot(verb: str, tenant: str) -> None:
 @pytest.mark.parametrize(
     "prefix",
     [
-        "meterlib",
-        "prod:eu",
         "{",
         "}",
         "{}",

@@ -124,6 +124,21 @@ def test_renewing_never_makes_a_lease_shorter(meter: Meter) -> None:
     assert ends_ms == held.expires_at_ms
 
 
+def test_a_lease_renewed_beyond_the_period_holds_until_its_end(meter: Meter, clock: Clock, states: States) -> None:
+    """A call across midnight keeps its part of today's budget for as long as there is a today."""
+    midnight_ms = 1_790_035_200_000
+    clock.set(midnight_ms - 60_000)
+    held = meter.reserve("acme", usage=HELD, lease_ms=30_000)
+    clock.advance(ms=20_000)
+    held.renew(600_000)
+    clock.set(midnight_ms - 1)
+    assert (400, 400) == (states()["freed"].held, states()["kept"].held)
+
+    clock.set(midnight_ms)
+    assert (0, 0) == (states()["freed"].held, states()["kept"].held)
+    assert "settled" == held.settle(HELD).kind
+
+
 def test_no_reservation_lives_longer_than_a_day(meter: Meter, clock: Clock) -> None:
     """A client that renews for ever in a loop lets go in the end."""
     began_ms = clock.now_ms

@@ -62,6 +62,21 @@ def test_settling_again_books_once(meter: Meter, clock: Clock, states: States, e
     assert 1 == len(entries())
 
 
+@pytest.mark.parametrize("end", ["in time", "expired", "cancelled"])
+def test_settling_again_by_id_gives_the_same_entry(meter: Meter, clock: Clock, end: str) -> None:
+    """Field by field: whose call it was, what had been held, how it had ended before."""
+    meter.reserve("acme", MODEL, HELD, reservation_id="call-1", lease_ms=30_000)
+    if end == "cancelled":
+        meter.cancel("acme", "call-1")
+    clock.advance(ms=30_000 if end == "expired" else 1)
+    first = meter.settle("acme", "call-1", Usage(output_tokens=150))
+    clock.advance(ms=5_000)
+
+    assert (MODEL, {"output_tokens": 400}) == (first.attributes, first.estimate)
+    assert ("" if end == "in time" else end) == first.after
+    assert first == meter.settle("acme", "call-1", Usage(output_tokens=150))
+
+
 def test_settling_with_another_usage_is_a_conflict(meter: Meter, states: States, entries: Entries) -> None:
     """What is booked stays; a correction is an entry of its own."""
     held = meter.reserve("acme", MODEL, HELD)
