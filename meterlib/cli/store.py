@@ -57,7 +57,7 @@ class Store:
 
         Entries are in order of time, so it is found in a few steps; the entry before shows that none is missing there.
         """
-        low, high = head.ledger_first, head.ledger_last + 1
+        low, high = max(1, head.ledger_first), head.ledger_last + 1
         while low < high:
             middle = (low + high) // 2
             found = self.run(flows.read_ledger(shard, middle - 1, 1))

@@ -306,7 +306,7 @@ def settle(context: Context, settlement: Settlement) -> Flow[LedgerEntry]:
         blob,
         b"",
         "ask",
-        "no" if call_facts else "yes",
+        "yes",
         amounts_of(usage, context.compiled.units),
         (),
     )
