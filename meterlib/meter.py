@@ -477,21 +477,24 @@ class Meter(_Meter):
                 held._left_open()
 
     def replay(self) -> int:
-        """Make the settlements that wait in the journal; returns how many. Stops at the first that still cannot be."""
+        """Make the settlements that wait in the journal; returns how many. Stops at the first that still cannot be.
+
+        One that contradicts what is booked already is put aside, in a file named `.refused` beside the journal.
+        """
         if self._journal is None:
             return 0
-        waiting = self._journal.pending()
-        for done, settlement in enumerate(waiting):
+        made, refused = [], []
+        for item in self._journal.waiting():
             try:
-                self._run(flows.settle(self._context, settlement))
+                self._run(flows.settle(self._context, item.settlement))
+                made.append(item)
             except StoreError:
-                self._journal.drop(done)
-                return done
+                break
             except MeterError as error:
-                self._not_replayed(settlement, error)
-        if waiting:
-            self._journal.drop(len(waiting))
-        return len(waiting)
+                self._not_replayed(item.settlement, error)
+                refused.append(item)
+        self._journal.done(made, refused)
+        return len(made)
 
     def _run(self, flow: Flow[T]) -> T:
         self._check_open()
@@ -709,18 +712,18 @@ class AsyncMeter(_Meter):
         """Make the settlements that wait in the journal; see `Meter.replay`."""
         if self._journal is None:
             return 0
-        waiting = await asyncio.to_thread(self._journal.pending)
-        for done, settlement in enumerate(waiting):
+        made, refused = [], []
+        for item in await asyncio.to_thread(self._journal.waiting):
             try:
-                await self._run(flows.settle(self._context, settlement))
+                await self._run(flows.settle(self._context, item.settlement))
+                made.append(item)
             except StoreError:
-                await asyncio.to_thread(self._journal.drop, done)
-                return done
+                break
             except MeterError as error:
-                self._not_replayed(settlement, error)
-        if waiting:
-            await asyncio.to_thread(self._journal.drop, len(waiting))
-        return len(waiting)
+                self._not_replayed(item.settlement, error)
+                refused.append(item)
+        await asyncio.to_thread(self._journal.done, made, refused)
+        return len(made)
 
     async def _run(self, flow: Flow[T]) -> T:
         self._check_open()

@@ -118,7 +118,7 @@ def _journal(config: Config) -> Iterator[Finding]:
     if config.store.journal is None:
         return
     try:
-        waiting = len(Journal(config.store.journal).pending())
+        waiting = len(Journal(config.store.journal).waiting())
     except (OSError, msgspec.MsgspecError) as error:
         yield failure("journal", f"{config.store.journal} cannot be read: {error}", "see who else writes to this file")
         return

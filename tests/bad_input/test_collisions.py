@@ -15,7 +15,7 @@ from meterlib import InvalidInput, Limit, Meter, Policy, PolicyError, StoreOptio
 from meterlib.core.checks import check_attributes, check_id, check_tenant
 from meterlib.core.policy import CompiledPolicy, reservation_field
 from meterlib.testing import Clock
-from tests.bad_input.support import Face
+from tests.bad_input.support import Face, Sent, Wire
 
 NASTY = st.sampled_from("{}:/%*?[]\\|.-_~@ \n\r\0\x1e\x1f\ud800\u200b'\"aA012FwrW\u00e9e\u0301\ufb01\u0430")
 PIECES = st.sampled_from(["{0}", "%2F", "%7B", "..", "w/", "r/", "2026-10", "/2026-W40", "*", "head", "pending", "a"])
@@ -147,6 +147,18 @@ def test_a_prefix_does_not_tear_a_shard_apart(prefix: str, shards: int) -> None:
         StoreOptions(prefix=prefix, shards=shards)
 
     assert "store.prefix" == refused.value.path
+
+
+@pytest.mark.parametrize("prefix", ["meterlib", "prod:eu"])
+@pytest.mark.parametrize("shards", [1, 16])
+def test_all_keys_of_a_call_are_in_one_slot_whatever_they_begin_with(prefix: str, shards: int) -> None:
+    """A prefix that is accepted does not tear a shard apart."""
+    wire = Wire(shards)
+    meter = Meter(wire, Policy(), options=StoreOptions(prefix=prefix, shards=shards), clock=Clock())
+    with pytest.raises(Sent):
+        meter.reserve("acme")
+
+    assert 1 == len({key_slot(key) for key in wire.script_keys})
 
 
 @given(first=calls(), second=calls())
