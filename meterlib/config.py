@@ -16,6 +16,7 @@ from msgspec import inspect
 from meterlib.core.policy import Limit, Policy, Tenant, nearest
 from meterlib.errors import PolicyError
 from meterlib.meter import AsyncMeter, Meter
+from meterlib.settings import GatewaySettings, TenantSettings, check_tenants
 from meterlib.store.connect import SCHEMES
 from meterlib.store.drivers import Clock, StoreOptions
 from meterlib.store.embedded import parse_embedded_url
@@ -75,18 +76,21 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         preset: the name of a policy whose limits come first; see `Policy.preset`.
         limit: the tables `[[limit]]`.
         tenant: the tables `[[tenant]]`.
+        gateway: the table `[gateway]`.
 
     Raises:
         PolicyError: with the path of the setting, what was found, and what is allowed.
     """
 
     store: StoreSettings = StoreSettings()
+    gateway: GatewaySettings = GatewaySettings()
     preset: str | None = None
     limit: list[Limit] = []
-    tenant: list[Tenant] = []
+    tenant: list[TenantSettings] = []
 
     def __post_init__(self) -> None:
         _check_store(self.store)
+        check_tenants(self.tenant)
         for at, limit in enumerate(self.policy.limits):
             if limit.shared and self.store.shards != 1:
                 path = f"limit[{at - len(self._preset_limits)}].shared"
@@ -101,7 +105,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             if limit.name in taken:
                 problem = f"{limit.name!r} is the name of a limit of the preset {self.preset!r} already"
                 raise PolicyError(f"limit[{at}].name", problem)
-        return Policy(limits=(*self._preset_limits, *own.limits), tenants=tuple(self.tenant))
+        tenants = [Tenant(name=told.name, quotas=told.quotas, funding=told.funding) for told in self.tenant]
+        return Policy(limits=(*self._preset_limits, *own.limits), tenants=tenants)
 
     @property
     def _preset_limits(self) -> Sequence[Limit]:
@@ -111,7 +116,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def load(cls, path: str | os.PathLike[str]) -> Config:
         """The settings of a file.
 
-        Relative places in it (`embedded://./…`, the journal) are meant from the folder the file is in.
+        Relative places in it (`embedded://./…`, the journal, the gateway's key file) are meant from the file's folder.
 
         Raises:
             PolicyError: the file cannot be read, is no TOML (with the line), or a setting is not acceptable (with its
@@ -124,8 +129,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             config = msgspec.convert(data, cls)
         except (PolicyError, msgspec.ValidationError) as error:
             raise _placed(error, file) from None
-        store, limits = _from_folder(config.store, file.absolute().parent), [_as_in_code(own) for own in config.limit]
-        return msgspec.structs.replace(config, store=store, limit=limits)
+        folder = file.absolute().parent
+        store, limits = _from_folder(config.store, folder), [_as_in_code(own) for own in config.limit]
+        key_file = config.gateway.key_file and os.path.normpath(folder / Path(config.gateway.key_file).expanduser())
+        gateway = msgspec.structs.replace(config.gateway, key_file=key_file)
+        return msgspec.structs.replace(config, store=store, limit=limits, gateway=gateway)
 
     @classmethod
     def find(cls, path: str | os.PathLike[str] | None = None) -> Config:
@@ -257,7 +265,8 @@ def _words(wanted: inspect.Type) -> str:
 
 
 def _mismatch(value: object, wanted: inspect.Type, path: str) -> PolicyError:
-    hidden = path == "store.url" or not isinstance(value, str | int | float)  # a URL may hold a password
+    may_be_secret = path in ("store.url", "gateway.upstream") or ".tokens" in path
+    hidden = may_be_secret or not isinstance(value, str | int | float)
     found = _WORDS.get(type(value), f"a {type(value).__name__}") if hidden else f"{value!r:.60}"
     if isinstance(value, bool):
         found = str(value).lower()

@@ -22,7 +22,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from meterlib.core.decisions import Denial
+    from meterlib.core.decisions import Denial, LimitState
 
 
 class MeterError(Exception):
@@ -49,10 +49,17 @@ class QuotaExceeded(MeterError):
             waiting cannot help.
         retryable: False when waiting cannot help: the call is larger than a quota, or the quota is zero.
         hint: True when `retry_after_ms` is a configured guess (nobody knows when an open reservation ends).
+        limits: how every limit that the call touches stood, those that would have let it pass included.
     """
 
     def __init__(
-        self, tenant: str, denials: tuple[Denial, ...], retry_after_ms: int | None, retryable: bool, hint: bool
+        self,
+        tenant: str,
+        denials: tuple[Denial, ...],
+        retry_after_ms: int | None,
+        retryable: bool,
+        hint: bool,
+        limits: tuple[LimitState, ...] = (),
     ) -> None:
         first = denials[0]
         wait = f"retry after {retry_after_ms} ms" if retryable else "waiting does not help"
@@ -65,6 +72,7 @@ class QuotaExceeded(MeterError):
         self.retry_after_ms = retry_after_ms
         self.retryable = retryable
         self.hint = hint
+        self.limits = limits
 
 
 class ReservationConflict(MeterError):

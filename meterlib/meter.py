@@ -104,6 +104,13 @@ class _Meter:
     def policy(self, policy: Policy) -> None:
         self._context.policy = policy
 
+    def quotas_of(self, tenant: str, attributes: Mapping[str, str] | None = None) -> dict[str, int]:
+        """The smallest quota of each unit among the limits that such a call touches; asks no store."""
+        quotas: dict[str, int] = {}
+        for bound in self._context.compiled.limits_of(tenant, _given(attributes, {})):
+            quotas[bound.unit] = min(bound.quota, quotas.get(bound.unit, bound.quota))
+        return quotas
+
     @property
     def shards(self) -> int:
         """How many ledgers the store has."""

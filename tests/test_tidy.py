@@ -22,9 +22,10 @@ MAY_IMPORT = {
     "store": {"core", "errors", "store"},
     "meter": {"core", "errors", "store"},
     "testing": {"core", "errors", "meter"},
-    "config": {"core", "errors", "meter", "store"},
+    "settings": {"core", "errors"},
+    "config": {"core", "errors", "meter", "settings", "store"},
     "billing": {"billing", "core", "errors", "store"},
-    "gateway": {"core", "errors", "gateway", "meter"},
+    "gateway": {"config", "core", "errors", "gateway", "meter", "settings", "store"},
     "demo": {"billing", "core", "demo", "errors", "gateway", "meter", "store"},
 }
 IMPURE = {"asyncio", "datetime.now", "os", "random", "redis", "secrets", "socket", "subprocess", "threading", "time"}

@@ -17,6 +17,8 @@ from meterlib.errors import InvalidInput, MeterError, PolicyError, UsageError
 
 COMMANDS = {
     "demo": "watch made-up traffic being limited and metered on a real embedded server",
+    "gateway": "serve the Claude API within limits, metered; useful with no configuration",
+    "token": "make a token for a tenant's callers",
     "report": "what was used, by tenant, model, attribute, day …, and whether an entry is missing",
     "limits": "how every limit of a tenant stands: quota, used, held, remaining, and when it frees",
     "doctor": "check the server, its durability, the clocks, the ledger, and that each limit can deny",
@@ -34,6 +36,7 @@ this folder if there is one; without any, the store is ./meterlib-data.
 EPILOG = """\
 examples:
   meterlib demo                                  see it work; needs no set-up
+  meterlib gateway                               then ANTHROPIC_BASE_URL=http://127.0.0.1:8787
   meterlib report --by tenant,day --tz Europe/Berlin
   meterlib limits acme
   meterlib doctor && echo fit for service

@@ -89,10 +89,11 @@ def _state(limit: BoundLimit, reply: Reply, at: int) -> LimitState:
 def quota_exceeded(
     tenant: str, limits: Sequence[BoundLimit], arguments: Sequence[LimitArguments], reply: Reply
 ) -> QuotaExceeded:
-    """The error that a denied reply amounts to: all denials, the one that frees last first."""
-    denials = []
+    """The error that a denied reply amounts to: all denials, the one that frees last first, and all limits."""
+    denials, states = [], []
     now_ms = int(reply[1])
     for position, (bound, argument) in enumerate(zip(limits, arguments, strict=True)):
+        states.append(_state(bound, reply, 4 + 6 * position))
         verdict, passes_at_ms, settled, held = reply[2 + 6 * position : 6 + 6 * position]
         if verdict in (b"passes", "passes"):
             continue
@@ -120,4 +121,5 @@ def quota_exceeded(
         retry_after_ms=denials[0].retry_after_ms if retryable else None,
         retryable=retryable,
         hint=retryable and any(denial.hint for denial in denials),
+        limits=tuple(states),
     )

@@ -50,6 +50,11 @@ class EventDecoder:
         self._data: list[bytes] = []
         self._bytes = 0
 
+    @property
+    def between_events(self) -> bool:
+        """Whether nothing of an event has come that is not complete."""
+        return not self._line and not self._bytes and not self._lf_belongs_to_last_line
+
     def feed(self, chunk: bytes) -> list[Event]:
         """The events that this piece completes."""
         if self._lf_belongs_to_last_line and chunk:
@@ -139,6 +144,11 @@ class UsageStream:
             self._take(event)
 
     @property
+    def between_events(self) -> bool:
+        """Whether nothing of an event has come that is not complete."""
+        return self._decoder.between_events
+
+    @property
     def usage(self) -> Usage:
         """What is known now. Of an answer that is not finished, the output is at least what was seen of it."""
         told = self._told
@@ -199,6 +209,47 @@ class UsageStream:
         self._characters += shown
         if not shown and 0 < (delta.estimated_tokens or 0) <= AMOUNT_MAX:
             self._tokens_without_text += delta.estimated_tokens or 0
+
+
+class UsageMessage:
+    """The usage of an answer that comes as one JSON document; it is known at the end, or not at all.
+
+    Attributes are those of `UsageStream`. Of a document larger than `bytes_max` nothing is known.
+    """
+
+    def __init__(self, bytes_max: int = EVENT_BYTES_MAX) -> None:
+        self.model: str | None = None
+        self.started = False
+        self.finished = False
+        self.error: str | None = None
+        self.usage = Usage()
+        self._pieces: list[bytes] = []
+        self._room = bytes_max
+
+    def feed(self, chunk: bytes) -> None:
+        """The bytes of this piece are taken into account."""
+        self._room -= len(chunk)
+        if self._room < 0:
+            self._pieces.clear()
+        else:
+            self._pieces.append(chunk)
+
+    def end(self) -> None:
+        """All bytes are there."""
+        message = _json_object(b"".join(self._pieces))
+        self._pieces.clear()
+        self.model, self.usage = _text(message, "model"), _usage(_part(message, "usage"))
+        self.started = self.finished = bool(message)
+
+    @property
+    def between_events(self) -> bool:
+        """There are no events, so there is no place between them."""
+        return False
+
+    @property
+    def quality(self) -> Quality:
+        """How good the numbers are."""
+        return quality_of(self.usage)
 
 
 def usage_of(message: bytes) -> Usage:

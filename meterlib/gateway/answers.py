@@ -1,0 +1,101 @@
+"""The gateway's own answers, in the Claude API's shape: what it refuses, and why."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Callable
+from datetime import UTC, datetime
+from random import Random
+
+import msgspec
+
+from meterlib.errors import QuotaExceeded
+from meterlib.gateway.headers import Headers
+
+RETRY_AFTER_S_MAX = 60
+"""Claude Code gives up at 61, and old SDKs come back at once."""
+
+_JITTER = 0.2
+_random = Random()  # only spreads retries; nothing depends on it being hard to guess
+
+
+class Refusal(Exception):
+    """A request that the gateway answers itself.
+
+    Attributes:
+        status: of the answer.
+        type: the kind of error, in the Claude API's words.
+        headers: further headers of the answer.
+        error_code: for programs, where the API has one.
+    """
+
+    def __init__(
+        self, status: int, kind: str, message: str, headers: Headers = (), *, error_code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.type = kind
+        self.headers = list(headers)
+        self.error_code = error_code
+
+    def body(self, request_id: str) -> bytes:
+        """The answer's body."""
+        error: dict[str, object] = {"type": self.type, "message": str(self)}
+        if self.error_code:
+            error["details"] = {"error_code": self.error_code}
+        return msgspec.json.encode({"type": "error", "error": error, "request_id": request_id})
+
+
+def new_request_id() -> str:
+    """An id in the provider's shape, for answers that it has not given."""
+    return f"req_{secrets.token_hex(12)}"
+
+
+def denied(error: QuotaExceeded) -> Refusal:
+    """The answer to a call that a limit denied.
+
+    A window's denial says when to come back, in at most a minute, and a little later than that for some, so that not
+    all come back in the same instant. Where waiting is in vain, or takes longer, clients are told not to try again by
+    themselves: they would sleep for hours.
+    """
+    first = error.denials[0]
+    what = f"{first.quota:,} {first.unit.replace('_', ' ')}"
+    if not error.retryable:
+        message = f"{first.name}: this call asks for {first.requested:,} of at most {what}, so it can never be admitted"
+        return Refusal(429, "rate_limit_error", message, [("x-should-retry", "false")])
+    wait_ms = error.retry_after_ms or 1
+    wait_s = max(1, math.ceil(wait_ms / 1000))
+    if first.period:
+        until = datetime.fromtimestamp((error.limits[0].now_ms + wait_ms) / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        message = f"{first.name}: the budget of {what} is used up ({first.used:,} used); it is renewed at {until}"
+        headers = [("x-should-retry", "false"), ("retry-after", str(wait_s))]
+        return Refusal(429, "billing_error", message, headers, error_code="budget_exhausted")
+    message = f"{first.name}: this call would exceed {what}: {first.used:,} are used, {first.requested:,} asked for"
+    if wait_s > RETRY_AFTER_S_MAX:
+        headers = [("x-should-retry", "false"), ("retry-after", str(wait_s))]
+        return Refusal(429, "rate_limit_error", f"{message}; it passes in {wait_s:,} s", headers)
+    wait_s = min(RETRY_AFTER_S_MAX, wait_s + int(wait_s * _random.uniform(0, _JITTER) + 0.5))
+    return Refusal(429, "rate_limit_error", f"{message}; try again in {wait_s} s", [("retry-after", str(wait_s))])
+
+
+def store_down() -> Refusal:
+    """The answer while nothing can be decided; clients come back by themselves."""
+    headers = [("retry-after", str(_random.randint(1, 3)))]
+    return Refusal(503, "api_error", "the gateway cannot decide about limits just now; try again", headers)
+
+
+def filtered_models(body: bytes, may_use: Callable[[str], bool]) -> bytes:
+    """The provider's list of models, with only those left that a caller may use."""
+    try:
+        told = msgspec.json.decode(body, type=dict[str, object])
+    except msgspec.DecodeError:
+        raise Refusal(502, "api_error", "the provider's list of models cannot be read") from None
+    listed = told.get("data")
+    models = [model for model in listed if may_use(str(_id_of(model)))] if isinstance(listed, list) else []
+    ids = [_id_of(model) for model in models] or [None]
+    return msgspec.json.encode(told | {"data": models, "first_id": ids[0], "last_id": ids[-1]})
+
+
+def _id_of(model: object) -> object:
+    return model.get("id") if isinstance(model, dict) else None

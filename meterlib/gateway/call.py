@@ -1,0 +1,231 @@
+"""One call's way through the gateway: sent to the provider, passed back as it comes, and always brought to an end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from meterlib.gateway.answers import Refusal
+from meterlib.gateway.exchange import ClientGone, Exchange
+from meterlib.gateway.headers import Headers, for_client, value_of, without
+from meterlib.gateway.metering import End, Metering, Spawn
+from meterlib.gateway.upstream import Answer, NoAnswer, NotSent, Upstream
+from meterlib.settings import GatewaySettings
+
+PING = b'event: ping\ndata: {"type": "ping"}\n\n'
+SETTLE_WAIT_S = 0.25
+"""How long the end of an answer waits for the settlement, so that whoever has read it finds it booked."""
+
+
+class Outgoing(NamedTuple):
+    """A request as it goes to the provider."""
+
+    method: str
+    path: str
+    query: str
+    headers: Headers
+    body: bytes | None
+
+
+class Call:
+    """A request that is on its way, in the task that made this.
+
+    That task ends only with the call, whether or not the client is still there: `tend`, called every second or so,
+    sees to those that left, do not read, or would otherwise be taken for dead.
+
+    Args:
+        exchange: the client's side.
+        request: the provider's side.
+        metering: what the call was admitted with; None for what costs nothing.
+        limit_headers: what the client is told of its limits.
+        drains: whether an answer is read to its end when the client has left.
+        keeps_limits: whether the client sees what the provider says of its limits.
+        spawn: runs what need not be waited for.
+        now_s: a clock that never goes back, in seconds.
+    """
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        request: Outgoing,
+        metering: Metering | None,
+        settings: GatewaySettings,
+        *,
+        limit_headers: Headers = (),
+        drains: bool = False,
+        keeps_limits: bool = True,
+        spawn: Spawn,
+        now_s: Callable[[], float],
+    ) -> None:
+        self._exchange = exchange
+        self._request = request
+        self._metering = metering
+        self._settings = settings
+        self._limit_headers = limit_headers
+        self._drains = drains
+        self._keeps_limits = keeps_limits
+        self._spawn = spawn
+        self._now_s = now_s
+        self._task = asyncio.current_task()
+        self._stopped: End | None = None
+        self._pinging: asyncio.Task[None] | None = None
+        self._started_s = self._renewed_s = self._heard_s = now_s()
+        self._writing_s: float | None = None
+        self._give_up_s: float | None = None
+
+    # ── From the request to its settlement ────────────────────────────────────────────────────────────────────────────
+
+    async def run(self, upstream: Upstream) -> None:
+        """Becomes true: the client has the provider's answer, as far as there was one, and it is settled.
+
+        Raises:
+            Refusal: there is no answer, and the client is to be told so.
+        """
+        try:
+            end = await self._converse(upstream)
+        except NotSent:
+            if self._metering:
+                await self._metering.cancel()
+            raise Refusal(502, "api_error", "the provider cannot be reached") from None
+        except NoAnswer as error:
+            await self._settle("no_answer")
+            if error.timed_out:
+                raise Refusal(504, "timeout_error", "the provider took too long to answer") from None
+            raise Refusal(502, "api_error", "the provider gave no answer") from None
+        except asyncio.CancelledError:
+            return await self._end_early()
+        await self._settle(end)
+        return await self._finish(complete=end in ("complete", "refused", "error_event"))
+
+    def stop(self, end: End) -> None:
+        """The call is given up: it is settled with what is known, and ends."""
+        if self._stopped is None and self._task:
+            self._stopped = end
+            self._task.cancel()
+
+    async def _converse(self, upstream: Upstream) -> End:
+        answer = await upstream.send(*self._request)
+        try:
+            if self._metering:
+                self._metering.answered(answer.status, answer.headers)
+            if 300 <= answer.status < 400:
+                await self._settle("refused")
+                raise Refusal(502, "api_error", "the provider answered with a redirect, which is never followed")
+            return await self._relay(answer)
+        finally:
+            answer.close()
+
+    async def _end_early(self) -> None:
+        """Stopped by `stop`, or by a server that ends its tasks; the settlement must not be stopped with it."""
+        settling = asyncio.ensure_future(self._settle(self._stopped or "client_gone"))
+        self._exchange.close()
+        await asyncio.shield(settling)
+        if self._stopped is None or self._task is None:
+            raise asyncio.CancelledError
+        self._task.uncancel()
+
+    async def _settle(self, end: End) -> None:
+        if self._metering is None:
+            return
+        if self._client_left:
+            self._metering.facts["client"] = "gone"
+        try:
+            async with asyncio.timeout(SETTLE_WAIT_S):
+                await self._metering.settle(end)
+        except TimeoutError:
+            self._spawn(self._metering.settle(end))  # the same again: it is booked once
+
+    async def _finish(self, complete: bool) -> None:
+        if not complete:
+            self._exchange.close()
+        elif not self._client_left:
+            with suppress(ClientGone):
+                await self._exchange.finish()
+
+    # ── The answer ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _relay(self, answer: Answer) -> End:
+        """Pass the answer on; every piece goes to the client first."""
+        metering = self._metering
+        await self._to_client(self._exchange.start(answer.status, self._headers_of(answer)))
+        try:
+            async for chunk in answer.chunks():
+                if self._give_up_s is None:
+                    await self._to_client(self._exchange.write(chunk))
+                if metering:
+                    metering.take(chunk)
+                self._heard_s = self._now_s()
+                if self._give_up_s is not None and self._heard_s >= self._give_up_s:
+                    return "client_gone"
+        except NoAnswer:
+            return "cut"
+        if answer.status >= 400:
+            return "refused"
+        if metering and metering.streams:
+            metering.end()
+            return "complete" if metering.finished else "error_event" if metering.error else "cut"
+        return "complete"
+
+    def _headers_of(self, answer: Answer) -> list[tuple[str, str]]:
+        headers = for_client(answer.headers, keep_limits=self._keeps_limits and not self._limit_headers)
+        if (value_of(headers, "content-type") or "").startswith("text/event-stream"):
+            # A stream may get pings of ours, and nothing on its way may hold it back.
+            headers = without(headers, "content-length", "cache-control")
+            headers += [("cache-control", "no-cache"), ("x-accel-buffering", "no")]
+        return [*headers, *self._limit_headers]
+
+    async def _to_client(self, step: Coroutine[Any, Any, None]) -> None:
+        if self._pinging:
+            await self._pinging
+        self._writing_s = self._now_s()
+        try:
+            await step
+        except ClientGone:
+            self._leave()
+        finally:
+            self._writing_s = None
+
+    # ── What happens besides ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def tend(self) -> None:
+        """Look after the call, every second or so."""
+        now_s, settings = self._now_s(), self._settings
+        if self._exchange.gone:
+            self._leave()
+        if self._give_up_s is not None and now_s >= self._give_up_s:
+            self.stop("client_gone")
+        if self._writing_s is not None and now_s - self._writing_s >= settings.write_timeout_ms / 1000:
+            self._exchange.abort()
+        metering = self._metering
+        if metering and now_s - self._renewed_s >= settings.lease_ms / 2000:
+            self._renewed_s = now_s
+            self._spawn(metering.renew(settings.lease_ms))
+        silent_s = now_s - max(self._heard_s, self._started_s)
+        if metering and settings.ping_after_ms and silent_s >= settings.ping_after_ms / 1000:
+            self._ping(metering)
+
+    @property
+    def _client_left(self) -> bool:
+        return self._give_up_s is not None
+
+    def _leave(self) -> None:
+        """The client has left: from now on nothing is written, and the answer is read on for a while, or not at all."""
+        if self._give_up_s is None:
+            self._give_up_s = self._now_s() + (self._settings.drain_ms / 1000 if self._drains else 0)
+
+    def _ping(self, metering: Metering) -> None:
+        """Keep a silent stream alive: between events only, and never before its head or behind its end."""
+        fits = self._exchange.started and metering.between_events and not metering.finished
+        if fits and self._writing_s is None and not self._client_left and not self._pinging:
+            self._heard_s = self._now_s()
+            self._pinging = asyncio.ensure_future(self._write_ping())
+
+    async def _write_ping(self) -> None:
+        try:
+            await self._exchange.write(PING)
+        except ClientGone:
+            self._leave()
+        finally:
+            self._pinging = None

@@ -1,0 +1,182 @@
+"""Who calls: from the credentials of a request to a tenant, and to the key that goes to the provider in their place."""
+
+from __future__ import annotations
+
+import hmac
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
+
+from meterlib.core.policy import Funding
+from meterlib.errors import PolicyError
+from meterlib.gateway.answers import Refusal
+from meterlib.gateway.headers import Headers, values_of
+from meterlib.gateway.tokens import TOKEN_PREFIX, hash_of
+from meterlib.settings import GatewaySettings, TenantSettings, check_tenants
+
+CREDENTIAL_BYTES_MAX = 4096
+_KEY_BYTES = 32
+_LOOKED_UP = len("sha256:") + 16
+"""A token is found by the first digits of its hash, and then compared in full, in a time that tells nothing."""
+
+
+class Caller:
+    """Who a request is charged to, and how it is sent on.
+
+    Attributes:
+        tenant: the customer.
+        funding: who pays the provider.
+        key: a short name of the credential that was shown, which tells nothing of it.
+        models: patterns of the models it may use; all, if there are none.
+        credential: the header for the provider: its name and its value.
+    """
+
+    __slots__ = ("credential", "funding", "key", "models", "tenant")
+
+    def __init__(
+        self, tenant: str, funding: Funding, key: str, models: Sequence[str], credential: tuple[str, str]
+    ) -> None:
+        self.tenant = tenant
+        self.funding = funding
+        self.key = key
+        self.models = models
+        self.credential = credential
+
+    def may_use(self, model: str) -> bool:
+        """Whether it may use a model."""
+        return not self.models or any(fnmatchcase(model, pattern) for pattern in self.models)
+
+    def __repr__(self) -> str:
+        return f"<Caller {self.tenant!r} {self.funding}>"
+
+
+_NOBODY: tuple[str, Caller | None] = ("sha256:" + "0" * 64, None)
+
+
+class _Shown(NamedTuple):
+    """One credential of a request: the header it came in, its scheme there, and itself."""
+
+    header: str
+    scheme: str
+    secret: str
+
+
+class Callers:
+    """Everyone who may call.
+
+    Args:
+        settings: the gateway's.
+        tenants: the tenants, with the hashes of their tokens.
+        environment: where the provider's keys are looked up.
+        derivation_key: the secret that names of unknown callers are derived with.
+
+    Raises:
+        PolicyError: a tenant's settings make no sense, or the key it needs is not in the environment.
+    """
+
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        tenants: Sequence[TenantSettings],
+        environment: Mapping[str, str],
+        derivation_key: bytes,
+    ) -> None:
+        check_tenants(tenants)
+        self._settings = settings
+        self._derivation_key = derivation_key
+        self._known: dict[str, tuple[str, Caller]] = {}
+        for at, tenant in enumerate(tenants):
+            for token in tenant.tokens:
+                key = _upstream_key(settings, tenant, at, environment)
+                models = tenant.models or settings.models
+                caller = Caller(tenant.name, tenant.funding, token[7:15], models, ("x-api-key", key))
+                self._known[token[:_LOOKED_UP]] = (token, caller)
+        default = "known" if self._known else "anyone"
+        self._anyone = (settings.callers or default) == "anyone"
+
+    def caller_of(self, headers: Headers) -> Caller:
+        """Who shows these credentials: `x-api-key` counts before `Authorization`, and a tenant's token before others.
+
+        Raises:
+            Refusal: 401; always the same, whatever is wrong.
+        """
+        shown = _shown(headers)
+        for credential in shown:
+            caller = self._of_token(credential.secret)
+            if caller:
+                return caller
+        if self._anyone and shown and not shown[0].secret.startswith(TOKEN_PREFIX):
+            return self._of_own_key(shown[0])
+        raise Refusal(401, "authentication_error", "invalid x-api-key or Authorization header")
+
+    def _of_token(self, secret: str) -> Caller | None:
+        digest = hash_of(secret)
+        stored, caller = self._known.get(digest[:_LOOKED_UP], _NOBODY)
+        return caller if hmac.compare_digest(stored, digest) else None
+
+    def _of_own_key(self, shown: _Shown) -> Caller:
+        secret = shown.secret.encode("utf-8", "surrogateescape")
+        name = hmac.digest(self._derivation_key, secret, "sha256").hex()[:16]
+        tenant = self._settings.tenant or f"key-{name}"
+        credential = ("authorization", f"Bearer {shown.secret}") if shown.scheme == "bearer" else _api_key(shown)
+        return Caller(tenant, "own", name[:8], self._settings.models, credential)
+
+
+def _api_key(shown: _Shown) -> tuple[str, str]:
+    return ("x-api-key", shown.secret)
+
+
+def _shown(headers: Headers) -> list[_Shown]:
+    """The credentials of a request, if each is there once, of a known scheme, and of a sane size."""
+    found = []
+    for header in ("x-api-key", "authorization"):
+        values = values_of(headers, header)
+        if not values:
+            continue
+        scheme, _, secret = ("", "", values[0]) if header == "x-api-key" else values[0].partition(" ")
+        scheme, secret = scheme.lower(), secret.strip()
+        fits = len(values) == 1 and secret and len(secret) <= CREDENTIAL_BYTES_MAX and secret.isascii()
+        if not fits or not secret.isprintable() or scheme not in ("", "bearer", "token"):
+            raise Refusal(401, "authentication_error", "invalid x-api-key or Authorization header")
+        found.append(_Shown(header, scheme, secret))
+    return found
+
+
+def _upstream_key(settings: GatewaySettings, tenant: TenantSettings, at: int, environment: Mapping[str, str]) -> str:
+    name = tenant.upstream_key_env or settings.upstream_key_env
+    key = environment.get(name, "").strip()
+    if not key or not key.isascii() or not key.isprintable():
+        path = f"tenant[{at}].upstream_key_env" if tenant.upstream_key_env else "gateway.upstream_key_env"
+        raise PolicyError(path, f"the environment has no variable {name} with the provider's key of {tenant.name!r}")
+    return key
+
+
+def read_or_make_key(path: Path) -> bytes:
+    """The key that names of unknown callers are derived with; made on first use, so that the names stay the same.
+
+    Raises:
+        PolicyError: the file cannot be read or made, or is no such key.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with_key = path.with_name(f"{path.name}.{os.getpid()}")
+        descriptor = os.open(with_key, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_hex(_KEY_BYTES))
+        try:
+            os.link(with_key, path)  # which fails if the file is there, so that all processes have the same key
+        except FileExistsError:
+            pass
+        finally:
+            with_key.unlink()
+        key = bytes.fromhex(path.read_text())
+    except OSError as error:
+        raise PolicyError("gateway.key_file", f"{path} cannot be used: {error.strerror}") from None
+    except ValueError:
+        key = b""
+    if len(key) != _KEY_BYTES:
+        raise PolicyError("gateway.key_file", f"{path} holds no key; remove it, and names of unknown callers change")
+    return key

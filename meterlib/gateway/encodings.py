@@ -1,0 +1,147 @@
+"""Content encodings undone piece by piece, so that a copy of what passes can be read. What passes stays as it is."""
+
+from __future__ import annotations
+
+import zlib
+from contextlib import suppress
+from importlib import import_module
+from typing import Any, Protocol
+
+PIECE_BYTES = 1 << 16
+"""How much is decompressed at a time, so that a small piece of input cannot fill the memory."""
+
+
+class TooLarge(Exception):
+    """What comes out is more than was allowed."""
+
+
+class Unreadable(Exception):
+    """The bytes are not of the encoding that they claim to be, or of one that is not known here."""
+
+
+class Decoder(Protocol):
+    """Undoes one encoding."""
+
+    def feed(self, data: bytes) -> bytes:
+        """The decoded bytes that this piece yields.
+
+        Raises:
+            TooLarge: they would be more than allowed, all together.
+            Unreadable: this is no such encoding.
+        """
+
+
+def decoder_for(encoding: str | None, bytes_max: int) -> Decoder:
+    """A decoder for the value of `content-encoding`; at most so many bytes come out of it, all together.
+
+    Raises:
+        Unreadable: several encodings, or one that is not known here.
+    """
+    name = (encoding or "identity").strip().lower()
+    match name:
+        case "identity" | "":
+            return _Identity(bytes_max)
+        case "gzip" | "x-gzip" | "deflate":
+            return _Zlib(name == "deflate", bytes_max)
+        case "br":
+            return _Brotli(bytes_max)
+        case "zstd":
+            return _Zstandard(bytes_max)
+    raise Unreadable(f"the encoding {name!r:.40} is not known")
+
+
+class _Counted:
+    def __init__(self, bytes_max: int) -> None:
+        self._left = bytes_max
+
+    def _count(self, data: bytes) -> bytes:
+        self._left -= len(data)
+        if self._left < 0:
+            raise TooLarge
+        return data
+
+
+class _Identity(_Counted):
+    def feed(self, data: bytes) -> bytes:
+        return self._count(data)
+
+
+class _Zlib(_Counted):
+    """gzip with any number of members, and deflate with or without zlib's own frame."""
+
+    def __init__(self, deflate: bool, bytes_max: int) -> None:
+        super().__init__(bytes_max)
+        self._bits = 15 if deflate else 31
+        self._undo = zlib.decompressobj(self._bits)
+        self._may_be_raw = deflate
+
+    def feed(self, data: bytes) -> bytes:
+        found, more = [], True
+        while data or more:
+            piece, data = self._take(data)
+            found.append(self._count(piece))
+            more = len(piece) == PIECE_BYTES  # there may be output left that needs no further input
+        return b"".join(found)
+
+    def _take(self, data: bytes) -> tuple[bytes, bytes]:
+        if self._undo.eof:
+            self._undo = zlib.decompressobj(self._bits)
+        try:
+            piece = self._undo.decompress(data, PIECE_BYTES)
+        except zlib.error as error:
+            if not self._may_be_raw:
+                raise Unreadable(str(error)) from None
+            self._bits, self._may_be_raw = -15, False
+            self._undo = zlib.decompressobj(self._bits)
+            return b"", data
+        self._may_be_raw = False
+        return piece, self._undo.unconsumed_tail or self._undo.unused_data
+
+
+class _Brotli(_Counted):
+    def __init__(self, bytes_max: int) -> None:
+        super().__init__(bytes_max)
+        library = _imported("brotli")
+        self._undo: Any = library.Decompressor()
+        self._error: type[Exception] = library.error
+
+    def feed(self, data: bytes) -> bytes:
+        found = []
+        try:
+            while data or not self._undo.can_accept_more_data():
+                found.append(self._count(self._undo.process(data, output_buffer_limit=PIECE_BYTES)))
+                data = b""
+        except self._error as error:
+            raise Unreadable(str(error)) from None
+        return b"".join(found)
+
+
+class _Zstandard(_Counted):
+    """Any number of frames."""
+
+    def __init__(self, bytes_max: int) -> None:
+        super().__init__(bytes_max)
+        self._library = _imported("compression.zstd", "backports.zstd")
+        self._undo: Any = self._library.ZstdDecompressor()
+
+    def feed(self, data: bytes) -> bytes:
+        found = []
+        try:
+            while data or not self._undo.needs_input:
+                if self._undo.eof:
+                    data = self._undo.unused_data + data
+                    if not data:
+                        break
+                    self._undo = self._library.ZstdDecompressor()
+                found.append(self._count(self._undo.decompress(data, PIECE_BYTES)))
+                data = b""
+        except self._library.ZstdError as error:
+            raise Unreadable(str(error)) from None
+        return b"".join(found)
+
+
+def _imported(*names: str) -> Any:
+    for name in names:
+        with suppress(ImportError):
+            return import_module(name)
+    raise Unreadable(f"{names[-1]} is not installed; install meterlib[gateway]")

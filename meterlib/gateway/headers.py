@@ -1,0 +1,153 @@
+"""Which headers cross the gateway, in either direction, and what its own say of a caller's limits. Pure.
+
+Headers are pairs of a lower-case name and a value, in the order in which they came.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+
+from meterlib.core.decisions import LimitState
+from meterlib.core.policy import Limit
+
+Headers = Sequence[tuple[str, str]]
+
+VERSION = "2023-06-01"
+"""What the Claude API is asked for where a client names no version."""
+
+_REQUEST = {"accept", "content-type", "content-encoding", "user-agent", "x-app"}
+_REQUEST_PREFIXES = ("anthropic-", "x-stainless-")
+_ANSWER = {
+    "cache-control",
+    "content-encoding",
+    "content-length",
+    "content-type",
+    "date",
+    "request-id",
+    "retry-after",
+    "retry-after-ms",
+    "x-should-retry",
+}
+_ANSWER_PREFIXES = ("anthropic-",)
+_LIMITS = ("anthropic-ratelimit-", "anthropic-priority-", "anthropic-fast-", "ratelimit")
+_FAMILIES = {"requests": "requests", "input_tokens": "input-tokens", "output_tokens": "output-tokens"}
+
+
+def values_of(headers: Headers, name: str) -> list[str]:
+    """All values of a header."""
+    return [value for header, value in headers if header == name]
+
+
+def value_of(headers: Headers, name: str) -> str | None:
+    """The value of a header, the first if there are several; None if there is none."""
+    return next((value for header, value in headers if header == name), None)
+
+
+def for_upstream(
+    headers: Headers, credential: tuple[str, str], betas: Sequence[str] | None
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """The headers that a request goes on with, and the values of `anthropic-beta` that were dropped.
+
+    Only what means something to the provider passes; credentials are replaced, and the answer is asked for as it is,
+    not compressed.
+    """
+    passed = [(name, value) for name, value in headers if _passes(name, value, _REQUEST, _REQUEST_PREFIXES)]
+    dropped: list[str] = []
+    if betas is not None:
+        passed, dropped = _with_betas(passed, betas)
+    if not any(name == "anthropic-version" for name, _ in passed):
+        passed.append(("anthropic-version", VERSION))
+    return [*passed, credential, ("accept-encoding", "identity")], dropped
+
+
+def for_client(headers: Iterable[tuple[str, str]], *, keep_limits: bool) -> list[tuple[str, str]]:
+    """The headers that an answer goes on with; what the provider says of its own limits only where it concerns them."""
+    passed = [(name, value) for name, value in headers if _passes(name, value, _ANSWER, _ANSWER_PREFIXES)]
+    return passed if keep_limits else [(name, value) for name, value in passed if not name.startswith(_LIMITS)]
+
+
+def without(headers: Headers, *names: str) -> list[tuple[str, str]]:
+    """The headers but for these."""
+    return [(name, value) for name, value in headers if name not in names]
+
+
+def _passes(name: str, value: str, names: set[str], prefixes: tuple[str, ...]) -> bool:
+    return (name in names or name.startswith(prefixes)) and value.isascii() and value.replace("\t", " ").isprintable()
+
+
+def _with_betas(headers: Headers, allowed: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    kept, dropped = [], []
+    for name, value in headers:
+        if name == "anthropic-beta":
+            betas = [beta.strip() for beta in value.split(",") if beta.strip()]
+            dropped += [beta for beta in betas if beta not in allowed]
+            value = ",".join(beta for beta in betas if beta in allowed)
+        if value:
+            kept.append((name, value))
+    return kept, dropped
+
+
+# ── What a caller is told of its limits ───────────────────────────────────────────────────────────────────────────────
+
+
+def of_limits(states: Sequence[LimitState], limits: Mapping[str, Limit]) -> list[tuple[str, str]]:
+    """The limits a call touched, as the Claude API tells them and as the IETF's draft (RateLimit, -11) does.
+
+    Where several limits count the same unit, the API's headers tell the one with the least left. A reset is the time at
+    which all of a quota is there again if nobody uses more.
+    """
+    told: list[tuple[str, str]] = []
+    tightest: dict[str, LimitState] = {}
+    for state in states:
+        limit = limits.get(state.name)
+        family = None if limit is None or limit.open else _FAMILIES.get(state.unit)
+        if family and (family not in tightest or state.remaining < tightest[family].remaining):
+            tightest[family] = state
+    for family, state in tightest.items():
+        told += _family(family, state.quota, state.remaining, _reset_ms(state))
+    told += _tokens(states, tightest)
+    if states:
+        told.append(("ratelimit-policy", ", ".join(_policy(state, limits.get(state.name)) for state in states)))
+        told.append(("ratelimit", ", ".join(_rate(state) for state in states)))
+    return told
+
+
+def _family(family: str, quota: int, remaining: int, reset_ms: int) -> list[tuple[str, str]]:
+    start = f"anthropic-ratelimit-{family}"
+    reset = datetime.fromtimestamp(math.ceil(reset_ms / 1000), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return [(f"{start}-limit", str(quota)), (f"{start}-remaining", str(remaining)), (f"{start}-reset", reset)]
+
+
+def _tokens(states: Sequence[LimitState], tightest: Mapping[str, LimitState]) -> list[tuple[str, str]]:
+    """`tokens`: the limit over all tokens; without one, those over input and output together."""
+    total = [state for state in states if state.unit == "total_tokens"]
+    if total:
+        least = min(total, key=lambda state: state.remaining)
+        return _family("tokens", least.quota, least.remaining, _reset_ms(least))
+    parts = [tightest[family] for family in ("input-tokens", "output-tokens") if family in tightest]
+    if not parts:
+        return []
+    reset_ms = max(_reset_ms(state) for state in parts)
+    return _family("tokens", sum(s.quota for s in parts), sum(s.remaining for s in parts), reset_ms)
+
+
+def _reset_ms(state: LimitState) -> int:
+    return state.resets_at_ms or state.now_ms
+
+
+def _policy(state: LimitState, limit: Limit | None) -> str:
+    words = f'"{state.name}";q={state.quota}'
+    if limit and limit.open:
+        return f'{words};qu="concurrent-requests"'
+    if limit and limit.window:
+        words += f";w={math.ceil(limit.window_ms / 1000)}"
+    return words if state.unit == "requests" else f'{words};meterlib-unit="{state.unit}"'
+
+
+def _rate(state: LimitState) -> str:
+    words = f'"{state.name}";r={state.remaining}'
+    if state.frees_at_ms is None:
+        return words
+    return f"{words};t={max(0, math.ceil((state.frees_at_ms - state.now_ms) / 1000))}"

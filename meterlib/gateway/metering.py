@@ -1,0 +1,199 @@
+"""One call's metering: the hold before it, what its answer tells on the way, and one settlement whatever happens."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import Any, Literal
+
+import structlog
+from msgspec.structs import replace
+
+from meterlib.core.checks import ATTRIBUTE_BYTES_MAX
+from meterlib.core.ledger import Quality, counts_of
+from meterlib.core.usage import Usage, amount_of
+from meterlib.errors import MeterError, StoreError
+from meterlib.gateway.encodings import Decoder, TooLarge, Unreadable, decoder_for
+from meterlib.gateway.estimate import Estimate, Estimator
+from meterlib.gateway.headers import Headers, value_of
+from meterlib.gateway.sse import UsageMessage, UsageStream
+from meterlib.meter import AsyncReservation
+
+Spawn = Callable[[Coroutine[Any, Any, object]], object]
+"""Runs a coroutine that nobody waits for."""
+
+ANSWER_BYTES_MAX = 1 << 30
+"""An answer that decompresses to more is no answer; its usage stays as it was known until then."""
+
+REVISE_AFTER_S = 0.05
+
+NOTHING = Usage(input_tokens=0, cache_creation_input_tokens=0, cache_read_input_tokens=0, output_tokens=0)
+
+End = Literal[
+    "complete",  # the answer came to its end
+    "refused",  # the provider answered with an error
+    "error_event",  # the provider ended the stream with an error
+    "cut",  # the provider's connection broke, or the stream ended without message_stop
+    "no_answer",  # the call was sent, and no answer came
+    "client_gone",  # the reader left
+    "shutdown",  # the gateway was stopped
+]
+"""How calls end; entries have it among their facts."""
+
+log = structlog.get_logger("meterlib.gateway")
+
+
+def capped(estimate: Usage, quotas: Mapping[str, int]) -> Usage:
+    """The estimate, held down to the smallest quota of input tokens: a guess must not be why a call never passes."""
+    quota = quotas.get("input_tokens")
+    fresh, written = estimate.input_tokens or 0, estimate.cache_creation_input_tokens or 0
+    if quota is None or fresh + written <= quota:
+        return estimate
+    written = min(written, quota)
+    return replace(estimate, input_tokens=quota - written, cache_creation_input_tokens=written)
+
+
+class Metering:
+    """The metering of one call that was admitted; nothing that the provider sends makes it fail.
+
+    Args:
+        reservation: what was admitted.
+        estimator: learns from what the call turns out to have used.
+        estimate: its own, of this call.
+        model: the model that was asked for.
+        spawn: runs what need not be waited for.
+    """
+
+    def __init__(
+        self, reservation: AsyncReservation, estimator: Estimator, estimate: Estimate, model: str, spawn: Spawn
+    ) -> None:
+        self.reservation = reservation
+        self.facts = {"estimated_input_tokens": str(amount_of(estimate.usage, "input_tokens") or 0)}
+        self._estimator = estimator
+        self._estimate = estimate
+        self._model = model
+        self._spawn = spawn
+        self._reader: UsageStream | UsageMessage | None = None
+        self._decoder: Decoder | None = None
+        self._refused = False
+        self._plain = False
+        self._revising: asyncio.TimerHandle | None = None
+        self._outcome: tuple[Usage, Quality] | None = None
+
+    @property
+    def streams(self) -> bool:
+        """Whether the answer is a stream of events that can be read."""
+        return isinstance(self._reader, UsageStream) and self._decoder is not None
+
+    @property
+    def finished(self) -> bool:
+        """Whether all of the answer has come."""
+        return self._reader is not None and self._reader.finished
+
+    @property
+    def error(self) -> str | None:
+        """The error that the provider ended a stream with."""
+        return self._reader.error if self._reader else None
+
+    @property
+    def between_events(self) -> bool:
+        """Whether an event of our own could be put in here."""
+        return self.streams and self._plain and self._reader is not None and self._reader.between_events
+
+    def answered(self, status: int, headers: Headers) -> None:
+        """The head of the answer is there: from it on `take` knows how to read."""
+        self.facts["status"] = str(status)
+        self._keep("request_id", value_of(headers, "request-id"))
+        self._refused = status >= 300
+        if self._refused:
+            return
+        content_type = (value_of(headers, "content-type") or "").partition(";")[0].strip().lower()
+        if content_type == "text/event-stream":
+            self._reader = UsageStream()
+        elif content_type.endswith("json"):
+            self._reader = UsageMessage()
+        encoding = value_of(headers, "content-encoding")
+        self._plain = encoding in (None, "identity")
+        try:
+            self._decoder = decoder_for(encoding, ANSWER_BYTES_MAX)
+        except Unreadable as error:
+            self._unreadable(error)
+
+    def take(self, chunk: bytes) -> None:
+        """A piece of the answer: as soon as it tells the exact input, that is held in place of the estimate."""
+        reader = self._reader
+        if reader is None or self._decoder is None:
+            return
+        try:
+            reader.feed(self._decoder.feed(chunk))
+        except (TooLarge, Unreadable) as error:
+            self._unreadable(error)
+        if reader.started and self._revising is None:
+            # A short answer is over before that, and its settlement says the same.
+            self._revising = asyncio.get_running_loop().call_later(REVISE_AFTER_S, self._revise)
+
+    def _revise(self) -> None:
+        """Only the input is known by now. Nobody waits for this: the stream goes on, and the settlement counts."""
+        if self._reader and self._outcome is None:
+            exact = replace(self._reader.usage, output_tokens=None)
+            self._spawn(self._quietly(self.reservation.revise(exact)))
+
+    def end(self) -> None:
+        """The answer has come to its end, be it too early."""
+        if self._reader:
+            self._reader.end()
+
+    async def renew(self, lease_ms: int) -> None:
+        """The call goes on, so it is not to expire."""
+        await self._quietly(self.reservation.renew(lease_ms))
+
+    async def cancel(self) -> None:
+        """Nothing was sent: the whole hold is free. If the store is away, the lease frees it."""
+        await self._quietly(self.reservation.cancel())
+
+    async def settle(self, end: End) -> None:
+        """What was used is booked, and the hold is gone. Repeating it after an interruption books nothing twice.
+
+        Should neither store nor journal take it, it is logged in full.
+        """
+        if self._outcome is None:
+            self._outcome = self._conclude(end)
+            if self._revising:
+                self._revising.cancel()
+        usage, quality = self._outcome
+        try:
+            await self.reservation.settle(usage, quality=quality, facts=self.facts)
+        except (MeterError, OSError) as error:
+            fields = {"tenant": self.reservation.tenant, "reservation_id": self.reservation.id}
+            log.error("settlement.lost", usage=counts_of(usage), quality=quality, error=str(error), **fields)
+
+    def _conclude(self, end: End) -> tuple[Usage, Quality]:
+        self.facts["end"] = end
+        if self._refused:
+            return NOTHING, "final"
+        if self._reader is None:
+            return Usage(), "estimated"
+        if end == "complete" or self.streams:
+            self.end()
+        self._keep("model", self._reader.model if self._reader.model != self._model else None)
+        usage, quality = self._reader.usage, self._reader.quality
+        if self._reader.finished and quality != "estimated":
+            self._estimator.learn(self._estimate, usage)
+        return usage, quality
+
+    def _keep(self, name: str, value: str | None) -> None:
+        """Note a fact that the provider told, if it can be one."""
+        if value and value.isprintable() and len(value.encode()) <= ATTRIBUTE_BYTES_MAX:
+            self.facts[name] = value
+
+    def _unreadable(self, error: Exception) -> None:
+        self._decoder = None
+        log.warning("answer.unreadable", tenant=self.reservation.tenant, error=str(error) or "it is too large")
+
+    async def _quietly(self, step: Awaitable[object]) -> None:
+        try:
+            await step
+        except StoreError as error:
+            log.warning("store.failed", tenant=self.reservation.tenant, error=str(error))
+        except MeterError:
+            pass  # it was settled meanwhile

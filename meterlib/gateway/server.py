@@ -1,0 +1,177 @@
+"""The gateway's own HTTP server: aiohttp's, without its router, and with bounds on what clients may do to it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import suppress
+from typing import Any, Self
+
+from aiohttp import web
+
+from meterlib.gateway.answers import Refusal, new_request_id
+from meterlib.gateway.app import Gateway
+from meterlib.gateway.exchange import BodyLate, BodyTooLarge, ClientGone
+from meterlib.gateway.headers import Headers, value_of
+
+_HEAD_FIELD_BYTES_MAX = 16 << 10
+
+
+class Server:
+    """Serves a gateway at the address of its settings, while the context lasts.
+
+    Leaving the context lets open answers go on for `shutdown_ms`, and settles what is left as it stands.
+
+    Attributes:
+        url: where it listens; port 0 in the settings finds a free one.
+    """
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+        self.url = ""
+        settings = gateway.settings
+        self._connections = _Connections(
+            self._handle,
+            connections_max=settings.connections_max,
+            keepalive_timeout=settings.keepalive_ms / 1000,
+            access_log=None,
+            logger=_quiet_logger(),
+            auto_decompress=False,
+            lingering_time=1.0,
+            max_line_size=_HEAD_FIELD_BYTES_MAX,
+            max_field_size=_HEAD_FIELD_BYTES_MAX,
+        )
+        self._runner = web.ServerRunner(self._connections, shutdown_timeout=0.1)
+        self._sites: list[web.BaseSite] = []
+        self._tending: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        host, port = self.gateway.settings.address
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, host, port, backlog=1024)
+        await site.start()
+        self._sites.append(site)
+        bound = self._runner.addresses[0]
+        shown = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
+        self.url = f"http://{shown}:{bound[1]}{self.gateway.settings.base_path}"
+        self._tending = asyncio.create_task(self.gateway.tend_for_ever(), name="meterlib-gateway")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for site in self._sites:
+            await site.stop()
+        await self.gateway.aclose()
+        if self._tending:
+            self._tending.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._tending
+        await self._runner.cleanup()
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        exchange = _Exchange(request)
+        await self.gateway.handle(exchange)
+        return exchange.response
+
+
+class _Connections(web.Server):
+    """Refuses connections beyond a number, before anything is read from them."""
+
+    def __init__(self, handler: Any, *, connections_max: int, **settings: Any) -> None:
+        super().__init__(handler, **settings)
+        self._connections_max = connections_max
+
+    def connection_made(self, handler: Any, transport: asyncio.Transport) -> None:
+        super().connection_made(handler, transport)
+        if len(self.connections) > self._connections_max:
+            transport.abort()
+
+
+class _Exchange:
+    """A request of aiohttp's server, as the gateway wants it."""
+
+    def __init__(self, request: web.BaseRequest) -> None:
+        message = request.message
+        self.method = request.method
+        path, _, self.query = message.path.partition("#")[0].partition("?")
+        # Only paths are known here; the absolute form, for proxies, would name a host.
+        self.path = path if path.startswith("/") else ""
+        self.headers: Headers = [(name.lower(), value) for name, value in request.headers.items()]
+        self.started = False
+        self.response = web.StreamResponse()
+        self._request = request
+        self._closed = False
+
+    @property
+    def gone(self) -> bool:
+        transport = self._request.transport
+        return transport is None or transport.is_closing()
+
+    async def body(self, bytes_max: int, timeout_ms: int) -> bytes:
+        told = value_of(self.headers, "content-length")
+        if told is not None and int(told) > bytes_max:
+            raise BodyTooLarge
+        if (value_of(self.headers, "expect") or "").lower() == "100-continue":
+            await self._request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._request.writer.output_size = 0
+        content, pieces, size = self._request.content, [], 0
+        try:
+            async with asyncio.timeout(timeout_ms / 1000):
+                while piece := await content.readany():
+                    size += len(piece)
+                    if size > bytes_max:
+                        raise BodyTooLarge
+                    pieces.append(piece)
+        except TimeoutError:
+            self.response.force_close()
+            raise BodyLate from None
+        except web.RequestPayloadError:
+            raise Refusal(400, "invalid_request_error", "the request's body is no valid HTTP") from None
+        except ConnectionError:
+            raise ClientGone from None
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    async def start(self, status: int, headers: Headers) -> None:
+        response = self.response
+        response.set_status(status)
+        for name, value in headers:
+            response.headers.add(name, value)
+        response.headers["server"] = "meterlib"
+        if value_of(headers, "request-id") is None:
+            response.headers["request-id"] = new_request_id()
+        if not self._request.content.is_eof():
+            response.force_close()  # what the client goes on to send is nobody's
+        self.started = True
+        try:
+            await response.prepare(self._request)
+        except ConnectionError:
+            raise ClientGone from None
+
+    async def write(self, data: bytes) -> None:
+        try:
+            await self.response.write(data)
+        except ConnectionError:
+            raise ClientGone from None
+
+    async def finish(self) -> None:
+        try:
+            await self.response.write_eof()
+        except ConnectionError:
+            raise ClientGone from None
+
+    def close(self) -> None:
+        transport = self._request.transport
+        if transport:
+            transport.close()
+
+    def abort(self) -> None:
+        transport = self._request.transport
+        if transport:
+            transport.abort()
+
+
+def _quiet_logger() -> logging.Logger:
+    """What clients do wrong is no trouble of ours: aiohttp's own log of it would let them write into our logs."""
+    logger = logging.getLogger("meterlib.gateway.http")
+    logger.addHandler(logging.NullHandler())
+    logger.propagate = False
+    return logger

@@ -1,0 +1,122 @@
+"""The way to the provider: one pool of connections, requests passed on byte for byte, answers as they come."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Self
+
+import aiohttp
+from yarl import URL
+
+from meterlib.settings import GatewaySettings
+
+KEEPALIVE_S = 15
+"""Shorter than providers' own, so that a request hardly ever meets a connection that is just being closed."""
+
+HEAD_BYTES_MAX = 64 << 10
+
+
+class NotSent(Exception):
+    """No connection to the provider could be made: it knows nothing of the call."""
+
+
+class NoAnswer(Exception):
+    """The call was sent, and there was no answer, or it broke off.
+
+    Attributes:
+        timed_out: the provider took too long.
+    """
+
+    def __init__(self, cause: BaseException) -> None:
+        super().__init__(str(cause) or type(cause).__name__)
+        self.timed_out = isinstance(cause, TimeoutError)
+
+
+class Answer:
+    """An answer whose head is there, and whose body comes piece by piece.
+
+    Attributes:
+        status: of the answer.
+        headers: pairs of a lower-case name and a value, in order.
+    """
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self._response = response
+        self.status = response.status
+        self.headers = [(name.lower(), value) for name, value in response.headers.items()]
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body's bytes as they come, not decompressed.
+
+        Raises:
+            NoAnswer: the connection broke, or the provider was silent for too long.
+        """
+        content = self._response.content
+        try:
+            while chunk := await content.readany():
+                yield chunk
+        except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
+            raise NoAnswer(error) from None
+
+    def close(self) -> None:
+        """The answer is given up, with its connection; nothing happens to one that was read to its end."""
+        self._response.close()
+
+
+class Upstream:
+    """The provider.
+
+    It never follows a redirect, keeps no cookies, and reaches no other host than the configured one.
+    """
+
+    def __init__(self, settings: GatewaySettings) -> None:
+        self._base = settings.upstream.rstrip("/")
+        self._settings = settings
+        self._session: aiohttp.ClientSession | None = None
+
+    async def send(
+        self, method: str, path: str, query: str, headers: Sequence[tuple[str, str]], body: bytes | None
+    ) -> Answer:
+        """Send a request; returns as soon as the head of its answer is there.
+
+        Raises:
+            NotSent: the provider cannot be reached.
+            NoAnswer: it was reached, and did not answer.
+        """
+        url = URL(f"{self._base}{path}{'?' if query else ''}{query}", encoded=True)
+        session = self._session or self._open()
+        try:
+            response = await session.request(method, url, headers=headers, data=body, allow_redirects=False)
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            raise NotSent(str(error) or type(error).__name__) from None
+        except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
+            raise NoAnswer(error) from None
+        return Answer(response)
+
+    def _open(self) -> aiohttp.ClientSession:
+        settings = self._settings
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            skip_auto_headers=("accept", "accept-encoding", "user-agent", "content-type"),
+            max_line_size=HEAD_BYTES_MAX,
+            max_field_size=HEAD_BYTES_MAX,
+            timeout=aiohttp.ClientTimeout(
+                total=settings.upstream_timeout_ms / 1000,
+                sock_connect=settings.upstream_connect_timeout_ms / 1000,
+                sock_read=settings.upstream_idle_timeout_ms / 1000,
+            ),
+        )
+        return self._session
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        if self._session:
+            await self._session.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()

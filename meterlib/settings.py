@@ -1,0 +1,199 @@
+"""What `meterlib.toml` says of the gateway and its tenants: where it listens, whom it forwards to, who may call."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Literal
+from urllib.parse import urlsplit
+
+import msgspec
+
+from meterlib.core.policy import Tenant
+from meterlib.errors import PolicyError
+
+TOKEN_HASH = re.compile(r"sha256:[0-9a-f]{64}")
+_ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_HEADER_NAME = re.compile(r"[A-Za-z0-9-]{1,64}")
+_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)*")
+_ATTRIBUTE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
+_OWN_ATTRIBUTES = ("provider", "model", "key")
+
+CLAUDE_CODE_ATTRIBUTES = {"session": "x-claude-code-session-id", "agent": "x-claude-code-agent-id"}
+
+
+class TenantSettings(Tenant, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A table `[[tenant]]`: a customer's limits, and who calls on its behalf.
+
+    Attributes:
+        tokens: hashes of the tokens that its callers show, as `meterlib token new` prints them.
+        upstream_key_env: the environment variable with the provider's key for its calls; by default the gateway's.
+        models: names or patterns with `*` of the models it may use; by default those of the gateway.
+    """
+
+    tokens: Sequence[str] = ()
+    upstream_key_env: str | None = None
+    models: Sequence[str] = ()
+
+
+class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The table `[gateway]`; each setting has a default that serves one developer on one machine.
+
+    Attributes:
+        listen: `host:port` to listen at.
+        base_path: what all paths begin with, such as `/v3/ai/anthropic`.
+        upstream: the provider's base URL. Calls go nowhere else, whatever they say.
+        upstream_key_env: the environment variable with the provider's key for hosted tenants.
+        provider: the value of the attribute `provider`.
+        callers: `known`: only tenants' tokens are let in. `anyone`: other credentials are taken for the caller's own
+            provider key and passed on, metered under a name derived from it. By default `known` once any tenant has a
+            token.
+        tenant: one name for all callers whose credential is no token, in place of one for each credential.
+        key_file: where the key is kept that those names are derived with; made on first use. By default it is in the
+            embedded store's folder, or else `meterlib-gateway.key`.
+        attributes: further attributes of calls, each with the header that tells it; Claude Code's session and agent by
+            default.
+        models: names or patterns with `*` of the models that may be used; all by default.
+        betas: the values of `anthropic-beta` that are passed on, the others being dropped; all by default.
+        ratelimit_headers: whose numbers a caller with its own provider key sees: `ours`, or `upstream` where no limit
+            of ours says anything.
+        count_invalid_requests: whether a call whose body makes no sense counts as a request.
+        count_tokens_per_minute: how many calls of `count_tokens` a tenant may make in any minute, in each process.
+        on_disconnect: what happens to an answer whose reader left. `drain`: it is read to its end, so that the numbers
+            are the provider's; `cancel`: it is given up, and what was seen of it counts. By default `drain` for hosted
+            tenants and `cancel` for callers with their own key.
+        drain_ms: how long an answer without reader is read on.
+        shutdown_ms: how long open answers may go on when the gateway is stopped.
+        lease_ms: how long a call may stay unsettled when a gateway dies; running calls are prolonged.
+        body_bytes_max: the largest request, and the largest it may become when decompressed.
+        body_timeout_ms: within which time a request has to be there.
+        keepalive_ms: how long a connection may be without a complete request head.
+        write_timeout_ms: how long a client may take to read nothing of what waits for it.
+        ping_after_ms: after which silence of the provider a stream is kept alive by a ping; 0 for never.
+        connections_max: how many clients may be connected at once.
+        upstream_connect_timeout_ms: within which time the provider has to be reached.
+        upstream_idle_timeout_ms: how long the provider may be silent.
+        upstream_timeout_ms: how long a call may take altogether.
+    """
+
+    listen: str = "127.0.0.1:8787"
+    base_path: str = ""
+    upstream: str = "https://api.anthropic.com"
+    upstream_key_env: str = "ANTHROPIC_API_KEY"
+    provider: str = "anthropic"
+    callers: Literal["known", "anyone"] | None = None
+    tenant: str | None = None
+    key_file: str | None = None
+    attributes: Mapping[str, str] = msgspec.field(default_factory=lambda: dict(CLAUDE_CODE_ATTRIBUTES))
+    models: Sequence[str] = ()
+    betas: Sequence[str] | None = None
+    ratelimit_headers: Literal["ours", "upstream"] = "upstream"
+    count_invalid_requests: bool = True
+    count_tokens_per_minute: int = 2_000
+    on_disconnect: Literal["drain", "cancel"] | None = None
+    drain_ms: int = 60_000
+    shutdown_ms: int = 30_000
+    lease_ms: int = 600_000
+    body_bytes_max: int = 32 << 20
+    body_timeout_ms: int = 120_000
+    keepalive_ms: int = 75_000
+    write_timeout_ms: int = 60_000
+    ping_after_ms: int = 15_000
+    connections_max: int = 10_000
+    upstream_connect_timeout_ms: int = 5_000
+    upstream_idle_timeout_ms: int = 600_000
+    upstream_timeout_ms: int = 3_600_000
+
+    def __post_init__(self) -> None:
+        _check_listen(self.listen)
+        _check_upstream(self.upstream)
+        if not _PATH.fullmatch(self.base_path):
+            raise PolicyError("gateway.base_path", f"{self.base_path!r:.60} is no path such as '/v3/ai/anthropic'")
+        _check_environment_name(self.upstream_key_env, "gateway.upstream_key_env")
+        for name, header in self.attributes.items():
+            _check_attribute(name, header)
+        for name, (least, most) in _BOUNDS.items():
+            value = getattr(self, name)
+            if not least <= value <= most:
+                raise PolicyError(f"gateway.{name}", f"{least} to {most} are allowed, not {value!r:.40}")
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port to listen at."""
+        host, _, port = self.listen.rpartition(":")
+        return host.strip("[]"), int(port)
+
+
+_DAY_MS = 86_400_000
+_BOUNDS: Mapping[str, tuple[int, int]] = {
+    "count_tokens_per_minute": (0, 1_000_000),
+    "drain_ms": (0, _DAY_MS),
+    "shutdown_ms": (0, _DAY_MS),
+    "lease_ms": (1_000, _DAY_MS),
+    "body_bytes_max": (1, 1 << 30),
+    "body_timeout_ms": (1, _DAY_MS),
+    "keepalive_ms": (1, _DAY_MS),
+    "write_timeout_ms": (1, _DAY_MS),
+    "ping_after_ms": (0, _DAY_MS),
+    "connections_max": (1, 1_000_000),
+    "upstream_connect_timeout_ms": (1, _DAY_MS),
+    "upstream_idle_timeout_ms": (1, _DAY_MS),
+    "upstream_timeout_ms": (1, _DAY_MS),
+}
+
+
+def check_tenants(tenants: Sequence[TenantSettings]) -> None:
+    """Pass if the tenants' tokens, keys and models make sense, and no token is two tenants'.
+
+    Raises:
+        PolicyError: with the path of the setting; it never repeats what was found, which may be a secret.
+    """
+    owners: dict[str, int] = {}
+    for at, tenant in enumerate(tenants):
+        path = f"tenant[{at}]"
+        for position, token in enumerate(tenant.tokens):
+            if not TOKEN_HASH.fullmatch(token):
+                problem = "is no hash of a token: sha256: and 64 hexadecimal digits, as `meterlib token new` prints it"
+                raise PolicyError(f"{path}.tokens[{position}]", problem)
+            if token in owners:
+                raise PolicyError(f"{path}.tokens[{position}]", f"is a token of tenant[{owners[token]}] already")
+            owners[token] = at
+        if tenant.upstream_key_env is not None:
+            _check_environment_name(tenant.upstream_key_env, f"{path}.upstream_key_env")
+        elif tenant.funding == "own" and tenant.tokens:
+            problem = "is missing: a tenant with tokens and funding = 'own' needs its own provider key"
+            raise PolicyError(f"{path}.upstream_key_env", problem)
+
+
+def _check_listen(listen: str) -> None:
+    host, _, port = listen.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or int(port) > 65_535:
+        raise PolicyError("gateway.listen", f"{listen!r:.60} is no host:port, such as '127.0.0.1:8787'")
+
+
+def _check_upstream(upstream: str) -> None:
+    """The URL is not repeated, since it may hold a password."""
+    try:
+        parts = urlsplit(upstream)
+        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        fits = False
+    if not fits or parts.username or parts.query or parts.fragment or not _PATH.fullmatch(parts.path.rstrip("/")):
+        problem = "is no base URL such as 'https://api.anthropic.com': http or https, a host, perhaps a port and a path"
+        raise PolicyError("gateway.upstream", problem)
+
+
+def _check_environment_name(name: str, path: str) -> None:
+    if not _ENVIRONMENT_NAME.fullmatch(name):
+        problem = "is no name of an environment variable; keys themselves do not belong into settings"
+        raise PolicyError(path, problem)
+
+
+def _check_attribute(name: str, header: str) -> None:
+    path = f"gateway.attributes.{name:.64}"
+    if not _ATTRIBUTE_NAME.fullmatch(name) or name == "tenant" or name in _OWN_ATTRIBUTES:
+        raise PolicyError(path, f"is no name for a further attribute (taken: tenant, {', '.join(_OWN_ATTRIBUTES)})")
+    if not _HEADER_NAME.fullmatch(header):
+        raise PolicyError(path, f"{header!r:.60} is no name of a header")
+    if header.lower() in ("authorization", "x-api-key", "cookie", "proxy-authorization"):
+        raise PolicyError(path, f"{header!r} holds a credential, which must never reach the store")
