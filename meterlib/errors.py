@@ -10,6 +10,7 @@
     ├── PolicyError(path)      the operator's: a setting that is not valid; found when loading, never while serving
     └── StoreError             the world's
         ├── StoreUnavailable   did not answer in time: the outcome is unknown, and every verb is safe to repeat
+        │   └── StoreOverloaded   too many operations wait for it already: nothing was sent
         ├── StoreRefused       said no, so nothing was written: out of memory, disk full, no permission
         ├── StoreCorrupt       holds something that is not meterlib's, or of another layout; nothing was changed
         └── EmbeddedError      the embedded server could not be started
@@ -158,6 +159,19 @@ class StoreUnavailable(StoreError):
     def __init__(self, operation: str, cause: str) -> None:
         super().__init__(f"{operation}: the store did not answer ({cause}); the outcome is unknown, repeating is safe")
         self.operation = operation
+
+
+class StoreOverloaded(StoreUnavailable):
+    """Too many operations wait for the store already: this one was not sent. Fewer calls at once, or more processes.
+
+    Attributes:
+        waiting: how many do.
+    """
+
+    def __init__(self, operation: str, waiting: int) -> None:
+        StoreError.__init__(self, f"{operation}: {waiting:,} operations wait for the store already; it was not sent")
+        self.operation = operation
+        self.waiting = waiting
 
 
 class StoreRefused(StoreError):

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import cached_property
 from os import PathLike
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -586,8 +587,8 @@ class AsyncReservation(_Held):
 class AsyncMeter(_Meter):
     """The `Meter` for asyncio: the same verbs, awaited.
 
-    A cancelled `await` leaves the outcome unknown, and nothing else is harmed: repeat the verb under the same id, or
-    let the lease end. An async context manager; otherwise await `aclose()`.
+    A cancelled `await` harms nobody else. Whether it still happened is unknown: repeat the verb under the same id. A
+    `reserve` whose id nobody chose is taken back by itself. An async context manager; otherwise await `aclose()`.
     """
 
     _face = "async"
@@ -603,10 +604,27 @@ class AsyncMeter(_Meter):
         funding: Funding | None = None,
     ) -> AsyncReservation:
         """Hold an estimate on every limit that the call touches, or on none; see `Meter.reserve`."""
+        taken_id = flows.new_id() if reservation_id is None else reservation_id
         flow = flows.reserve(
-            self._context, tenant, _given(attributes, {}), _given(usage, Usage()), reservation_id, lease_ms, funding
+            self._context, tenant, _given(attributes, {}), _given(usage, Usage()), taken_id, lease_ms, funding
         )
-        return AsyncReservation(self, await self._run(flow))
+        try:
+            return AsyncReservation(self, await self._run(flow))
+        except asyncio.CancelledError:
+            if reservation_id is None:
+                self._take_back(tenant, taken_id)
+            raise
+
+    def _take_back(self, tenant: str, reservation_id: str) -> None:
+        """Nobody knows the id but us, so a hold that was made under it after all would stay until its lease ends."""
+        taking_back = asyncio.ensure_future(self.cancel(tenant, reservation_id))
+        self._taking_back.add(taking_back)
+        taking_back.add_done_callback(self._taken_back)
+
+    def _taken_back(self, task: asyncio.Task[None]) -> None:
+        self._taking_back.discard(task)
+        if not task.cancelled() and task.exception():
+            log.warning("reservation.not_taken_back", error=str(task.exception()))
 
     async def revise(self, tenant: str, reservation_id: str, usage: Usage, *, revision: int = 0) -> None:
         """Hold `usage` in place of the estimate; see `Meter.revise`."""
@@ -741,6 +759,10 @@ class AsyncMeter(_Meter):
 
     _background: asyncio.Task[None] | None = None
 
+    @cached_property
+    def _taking_back(self) -> set[asyncio.Task[None]]:
+        return set()
+
     async def _sweep_for_ever(self) -> None:
         cursors = [0] * self.shards
         shard, failed = 0, False
@@ -760,6 +782,8 @@ class AsyncMeter(_Meter):
         """Stop the background sweep and close what `connect` opened; see `Meter.close`."""
         if self._closed:
             return
+        if self._taking_back:
+            await asyncio.wait(self._taking_back)
         self._closed = True
         if self._background:
             self._background.cancel()

@@ -15,6 +15,7 @@ from redis.exceptions import NoScriptError
 from meterlib.core import rules
 from meterlib.core.operations import Argument, Reply
 from meterlib.errors import MeterError, PolicyError, StoreCorrupt, StoreRefused, StoreUnavailable, UsageError
+from meterlib.store.batching import AsyncBatching, SyncBatching
 from meterlib.store.commands import Call, Command, Flow, ReadHead, ReadLedger, ReadOwners, ReadWindows, ShardHead
 from meterlib.store.embedded import EmbeddedServer
 from meterlib.store.faults import FAILURES, Attempts, corrupt
@@ -135,6 +136,7 @@ class SyncDriver:
         self._calls = _Calls(options, clock, plain=plain)
         self.server: EmbeddedServer | None = None
         self._layout_checked = False
+        self._batching = SyncBatching(self, options.deadline_ms)
 
     def run(self, flow: Flow[T]) -> T:
         """Run a flow to its result; failures are thrown into it."""
@@ -153,7 +155,7 @@ class SyncDriver:
 
     def execute(self, command: Command) -> Any:
         if isinstance(command, Call):
-            return self.call(command.script, command.shard, (command.operation,), command.sweep_max)[0]
+            return self._batching.run(command)
         if isinstance(command, ReadLedger):
             return entries_of(self._retrying("ledger", *self._calls.ledger_page(command)))
         if isinstance(command, ReadOwners):
@@ -258,6 +260,7 @@ class AsyncDriver:
         self.server: EmbeddedServer | None = None
         self._layout_checked = False
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._batching = AsyncBatching(self, options.deadline_ms)
 
     async def run(self, flow: Flow[T]) -> T:
         """Run a flow to its result; failures are thrown into it."""
@@ -281,7 +284,7 @@ class AsyncDriver:
                 raise UsageError("this meter belongs to another event loop: make one meter for each")
             self._loop = loop
         if isinstance(command, Call):
-            return (await self.call(command.script, command.shard, (command.operation,), command.sweep_max))[0]
+            return await self._batching.run(command)
         if isinstance(command, ReadLedger):
             return entries_of(await self._retrying("ledger", *self._calls.ledger_page(command)))
         if isinstance(command, ReadOwners):
