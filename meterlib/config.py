@@ -276,7 +276,7 @@ def _mismatch(value: object, wanted: inspect.Type, path: str) -> PolicyError:
         problem += f"; begin each with [[{path}]], in two pairs of brackets"
     elif isinstance(value, list) and dict in natives:
         problem += f"; begin it with [{path}], in one pair of brackets"
-    elif isinstance(value, str) and list in natives:
+    elif isinstance(value, str) and list in natives and not hidden:
         problem += f"; write [{value!r:.60}]"
     elif isinstance(value, float) and int in natives and value.is_integer():
         problem += f"; write {int(value)}"

@@ -9,13 +9,17 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from meterlib.core.checks import ATTRIBUTES_MAX, check_attributes, check_tenant, shown
 from meterlib.core.policy import Tenant
-from meterlib.errors import PolicyError
+from meterlib.errors import InvalidInput, PolicyError
 
 TOKEN_HASH = re.compile(r"sha256:[0-9a-f]{64}")
 _ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _HEADER_NAME = re.compile(r"[A-Za-z0-9-]{1,64}")
 _PATH = re.compile(r"(/[A-Za-z0-9._~-]+)*")
+_DOTS = re.compile(r"(^|/)\.{1,2}(/|$)")
+_PORT = re.compile(r"[0-9]{1,5}")
+_WORD = re.compile(r"[!-+\--~]{1,256}")
 _ATTRIBUTE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
 _OWN_ATTRIBUTES = ("provider", "model", "key")
 
@@ -105,17 +109,29 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     upstream_timeout_ms: int = 3_600_000
 
     def __post_init__(self) -> None:
+        for name in ("listen", "base_path", "upstream", "upstream_key_env", "provider"):
+            if not isinstance(getattr(self, name), str):
+                raise PolicyError(f"gateway.{name}", f"text is needed, not {type(getattr(self, name)).__name__}")
         _check_listen(self.listen)
         _check_upstream(self.upstream)
-        if not _PATH.fullmatch(self.base_path):
+        if not _PATH.fullmatch(self.base_path) or _DOTS.search(self.base_path):
             raise PolicyError("gateway.base_path", f"{self.base_path!r:.60} is no path such as '/v3/ai/anthropic'")
         _check_environment_name(self.upstream_key_env, "gateway.upstream_key_env")
-        for name, header in self.attributes.items():
-            _check_attribute(name, header)
+        _check_names(self)
+        _check_attributes(self.attributes)
+        _check_patterns(self.models, "gateway.models")
+        if self.betas is not None:
+            _check_patterns(self.betas, "gateway.betas")
+        for name, words in _CHOICES.items():
+            if getattr(self, name) not in words:
+                told = ", ".join(word for word in words if word)
+                raise PolicyError(f"gateway.{name}", f"{shown(getattr(self, name))} is not one of {told}")
         for name, (least, most) in _BOUNDS.items():
             value = getattr(self, name)
-            if not least <= value <= most:
-                raise PolicyError(f"gateway.{name}", f"{least} to {most} are allowed, not {value!r:.40}")
+            if type(value) is not int or not least <= value <= most:
+                raise PolicyError(f"gateway.{name}", f"{least} to {most} are allowed, not {shown(value)}")
+        if type(self.count_invalid_requests) is not bool:
+            raise PolicyError("gateway.count_invalid_requests", "true or false is needed")
 
     @property
     def address(self) -> tuple[str, int]:
@@ -125,6 +141,11 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 _DAY_MS = 86_400_000
+_CHOICES: Mapping[str, tuple[str | None, ...]] = {
+    "callers": ("known", "anyone", None),
+    "ratelimit_headers": ("ours", "upstream"),
+    "on_disconnect": ("drain", "cancel", None),
+}
 _BOUNDS: Mapping[str, tuple[int, int]] = {
     "count_tokens_per_minute": (0, 1_000_000),
     "drain_ms": (0, _DAY_MS),
@@ -158,6 +179,7 @@ def check_tenants(tenants: Sequence[TenantSettings]) -> None:
             if token in owners:
                 raise PolicyError(f"{path}.tokens[{position}]", f"is a token of tenant[{owners[token]}] already")
             owners[token] = at
+        _check_patterns(tenant.models, f"{path}.models")
         if tenant.upstream_key_env is not None:
             _check_environment_name(tenant.upstream_key_env, f"{path}.upstream_key_env")
         elif tenant.funding == "own" and tenant.tokens:
@@ -167,7 +189,7 @@ def check_tenants(tenants: Sequence[TenantSettings]) -> None:
 
 def _check_listen(listen: str) -> None:
     host, _, port = listen.rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or int(port) > 65_535:
+    if not host or not _PORT.fullmatch(port) or int(port) > 65_535:
         raise PolicyError("gateway.listen", f"{listen!r:.60} is no host:port, such as '127.0.0.1:8787'")
 
 
@@ -178,7 +200,8 @@ def _check_upstream(upstream: str) -> None:
         fits = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
     except ValueError:
         fits = False
-    if not fits or parts.username or parts.query or parts.fragment or not _PATH.fullmatch(parts.path.rstrip("/")):
+    path = parts.path.rstrip("/") if fits else ".."
+    if _DOTS.search(path) or not _PATH.fullmatch(path) or "@" in upstream or "?" in upstream or "#" in upstream:
         problem = "is no base URL such as 'https://api.anthropic.com': http or https, a host, perhaps a port and a path"
         raise PolicyError("gateway.upstream", problem)
 
@@ -187,6 +210,41 @@ def _check_environment_name(name: str, path: str) -> None:
     if not _ENVIRONMENT_NAME.fullmatch(name):
         problem = "is no name of an environment variable; keys themselves do not belong into settings"
         raise PolicyError(path, problem)
+
+
+def _check_names(settings: GatewaySettings) -> None:
+    """What names calls in the store must be fit for it, or else every call would fail."""
+    try:
+        check_attributes({"provider": settings.provider}, "gateway")
+    except InvalidInput as error:
+        raise PolicyError("gateway.provider", str(error).partition(": ")[2]) from None
+    try:
+        if settings.tenant is not None:
+            check_tenant(settings.tenant)
+    except InvalidInput as error:
+        raise PolicyError("gateway.tenant", str(error).partition(": ")[2]) from None
+    if settings.key_file is not None and not str(settings.key_file).strip():
+        raise PolicyError("gateway.key_file", "the name of a file is needed; leave the setting out for the usual one")
+
+
+def _check_patterns(patterns: object, path: str) -> None:
+    if isinstance(patterns, str) or not isinstance(patterns, Sequence):
+        raise PolicyError(path, "a list of texts is needed")
+    for at, pattern in enumerate(patterns):
+        if not isinstance(pattern, str) or not _WORD.fullmatch(pattern):
+            raise PolicyError(f"{path}[{at}]", "is no name: 1 to 256 printable ASCII characters without space or comma")
+
+
+def _check_attributes(attributes: object) -> None:
+    if not isinstance(attributes, Mapping):
+        raise PolicyError("gateway.attributes", "a table of names and headers is needed")
+    most = ATTRIBUTES_MAX - len(_OWN_ATTRIBUTES)
+    if len(attributes) > most:
+        raise PolicyError("gateway.attributes", f"at most {most}, not {len(attributes)}")
+    for name, header in attributes.items():
+        if not isinstance(name, str) or not isinstance(header, str):
+            raise PolicyError("gateway.attributes", "a table of names and headers is needed")
+        _check_attribute(name, header)
 
 
 def _check_attribute(name: str, header: str) -> None:

@@ -5,9 +5,10 @@ Entries go by one at a time, so memory grows with the groups and not with the le
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 import msgspec
 
@@ -56,23 +57,20 @@ _PLACES = {
 _OWN_PASSES = ("compaction", "advisor_message")
 """Passes within a call whose tokens the call's own numbers leave out, and which the provider bills besides."""
 
-Sums = dict[str, int]
+Group: TypeAlias = tuple[str | None, ...]
+Sums: TypeAlias = dict[str, int]
+Of = TypeVar("Of")
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
     """The sums of one group: `group` has a value for each thing grouped by, None where the calls had none."""
 
-    group: tuple[str | None, ...]
+    group: Group
     sums: Sums
 
 
-class Report:
-    """Usage summed up by groups.
-
-    A row counts `calls` (settled, late or recorded), what they used, and among them the `late` and `partial` ones;
-    `expired` and `cancelled` reservations; and `adjusted` entries, whose differences are in the sums. Tokens of
-    compaction and advisor passes, which the call's own numbers leave out, are in the sums too, under the model that
-    did the pass.
+class Grouped(Generic[Of]):
+    """Entries of a time and of a tenant, by groups; what is kept of a group is the subclass's.
 
     Args:
         by: what to group by: words of `DIMENSIONS`, `attribute:NAME`, or an attribute's name as it is.
@@ -105,7 +103,7 @@ class Report:
         self.until_ms = until_ms
         self.tenant = tenant
         self.entries = 0
-        self._groups: dict[tuple[str | None, ...], Sums] = {}
+        self._groups: dict[Group, Of] = {}
 
     def add(self, entry: LedgerEntry) -> None:
         """Count an entry, if it is one of those asked for."""
@@ -116,6 +114,35 @@ class Report:
         if self.tenant is not None and entry.tenant != self.tenant:
             return
         self.entries += 1
+        self._count(entry)
+
+    @abstractmethod
+    def _count(self, entry: LedgerEntry) -> None:
+        """Count an entry that is asked for."""
+
+    def _group_of(self, entry: LedgerEntry, model: object = None) -> Group:
+        return tuple(
+            str(model) if model and dimension.attribute == "model" else dimension.value_of(entry)
+            for dimension in self._dimensions
+        )
+
+    def _order(self, group: Group) -> tuple[Any, ...]:
+        return tuple(
+            (value is None, value if value is None else dimension.order(value))
+            for dimension, value in zip(self._dimensions, group, strict=True)
+        )
+
+
+class Report(Grouped[Sums]):
+    """Usage summed up by groups.
+
+    A row counts `calls` (settled, late or recorded), what they used, and among them the `late` and `partial` ones;
+    `expired` and `cancelled` reservations; and `adjusted` entries, whose differences are in the sums. Tokens of
+    compaction and advisor passes, which the call's own numbers leave out, are in the sums too, under the model that
+    did the pass.
+    """
+
+    def _count(self, entry: LedgerEntry) -> None:
         sums = self._sums_of(entry)
         for column in _counted(entry):
             sums[column] = sums.get(column, 0) + 1
@@ -124,11 +151,7 @@ class Report:
             _add(self._sums_of(entry, own.get("model")), own)
 
     def _sums_of(self, entry: LedgerEntry, model: object = None) -> Sums:
-        group = tuple(
-            str(model) if model and dimension.attribute == "model" else dimension.value_of(entry)
-            for dimension in self._dimensions
-        )
-        return self._groups.setdefault(group, {})
+        return self._groups.setdefault(self._group_of(entry, model), {})
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -143,7 +166,7 @@ class Report:
             Row(group=group, sums={column: sums.get(column, 0) for column in columns})
             for group, sums in self._groups.items()
         ]
-        return sorted(rows, key=self._order)
+        return sorted(rows, key=lambda row: self._order(row.group))
 
     def total(self) -> Sums:
         """The sums of all groups together."""
@@ -153,14 +176,11 @@ class Report:
                 total[column] += amount
         return total
 
-    def _order(self, row: Row) -> tuple[Any, ...]:
-        return tuple(
-            (value is None, value if value is None else dimension.order(value))
-            for dimension, value in zip(self._dimensions, row.group, strict=True)
-        )
+
+AnyReport = TypeVar("AnyReport", bound=Grouped[Any])
 
 
-def fold(entries: Iterable[LedgerEntry], report: Report) -> Report:
+def fold(entries: Iterable[LedgerEntry], report: AnyReport) -> AnyReport:
     """The report with all these entries counted."""
     for entry in entries:
         report.add(entry)

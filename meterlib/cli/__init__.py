@@ -36,7 +36,7 @@ this folder if there is one; without any, the store is ./meterlib-data.
 EPILOG = """\
 examples:
   meterlib demo                                  see it work; needs no set-up
-  meterlib gateway                               then ANTHROPIC_BASE_URL=http://127.0.0.1:8787
+  meterlib gateway                               serve it on 127.0.0.1:8787
   meterlib report --by tenant,day --tz Europe/Berlin
   meterlib limits acme
   meterlib doctor && echo fit for service

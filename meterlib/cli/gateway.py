@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from meterlib.cli.exits import OK
 from meterlib.cli.options import add_config
 from meterlib.config import FILE_NAME, Config
-from meterlib.errors import MeterError, UsageError
+from meterlib.errors import MeterError, PolicyError, UsageError
 
 if TYPE_CHECKING:
     from meterlib.gateway.app import Gateway
@@ -73,13 +73,16 @@ async def _serve(arguments: argparse.Namespace) -> None:
     from meterlib.gateway.assembly import gateway_for
     from meterlib.gateway.server import Server
 
+    file = Path(arguments.config or FILE_NAME)
+    seen = _stamp(file)
     config = _config(arguments)
     stopping, changed = asyncio.Event(), asyncio.Event()
     async with Server(gateway_for(config)) as server:
         _on_signals(server.gateway, stopping, changed)
         print(f"meterlib gateway at {server.url}, to {config.gateway.upstream}", file=sys.stderr)
         print(f"  export ANTHROPIC_BASE_URL={server.url}", file=sys.stderr, flush=True)
-        watching = asyncio.create_task(_watch(arguments, server.gateway, changed))
+        reloading = _Reloading(arguments, file, seen, config, server.gateway)
+        watching = asyncio.create_task(reloading.watch(changed))
         await stopping.wait()
         watching.cancel()
         if server.gateway.open_calls:
@@ -105,22 +108,11 @@ def _on_signals(gateway: Gateway, stopping: asyncio.Event, changed: asyncio.Even
     loop.add_signal_handler(signal.SIGHUP, changed.set)
 
 
-async def _watch(arguments: argparse.Namespace, gateway: Gateway, changed: asyncio.Event) -> None:
-    """Read tenants and limits anew on SIGHUP and when the file is another; a file that is wrong changes nothing."""
-    file = Path(arguments.config or FILE_NAME)
-    seen = _stamp(file)
-    while True:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(WATCH_S):
-                await changed.wait()
-        now = _stamp(file)
-        if changed.is_set() or now != seen:
-            changed.clear()
-            seen = now
-            _reload(arguments, gateway)
+Stamp = tuple[int, int, int] | None
 
 
-def _stamp(file: Path) -> tuple[int, int, int] | None:
+def _stamp(file: Path) -> Stamp:
+    """What is another when the file is; None if there is no file."""
     try:
         status = file.stat()
     except OSError:
@@ -128,11 +120,42 @@ def _stamp(file: Path) -> tuple[int, int, int] | None:
     return status.st_mtime_ns, status.st_size, status.st_ino
 
 
-def _reload(arguments: argparse.Namespace, gateway: Gateway) -> None:
-    from meterlib.gateway.assembly import callers_for
+class _Reloading:
+    """Reads tenants and limits anew; a file that is wrong, or gone, changes nothing."""
 
-    try:
-        config = _config(arguments)
-        gateway.reload(config.gateway, callers_for(config), config.policy)
-    except MeterError as error:
-        log.error("configuration.refused", error=str(error), kept="the settings from before")
+    def __init__(
+        self, arguments: argparse.Namespace, file: Path, seen: Stamp, config: Config, gateway: Gateway
+    ) -> None:
+        self._arguments = arguments
+        self._file = file
+        self._seen = seen
+        self._has_file = seen is not None  # without one, the gateway would be open to anyone, and without limits
+        self._config = config
+        self._gateway = gateway
+
+    async def watch(self, changed: asyncio.Event) -> None:
+        """On SIGHUP, and when the file is another."""
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(WATCH_S):
+                    await changed.wait()
+            now = _stamp(self._file)
+            if changed.is_set() or now != self._seen:
+                changed.clear()
+                self._reload(now)
+
+    def _reload(self, now: Stamp) -> None:
+        from meterlib.gateway.assembly import callers_for
+
+        self._seen = now
+        try:
+            if now is None and self._has_file:
+                raise PolicyError("", f"{self._file} is gone")
+            config = _config(self._arguments)
+            self._has_file = now is not None
+            self._gateway.reload(config.gateway, callers_for(config), config.policy)
+        except (MeterError, OSError) as error:
+            log.error("configuration.refused", error=str(error), kept="the settings from before")
+            return
+        if config.store != self._config.store:
+            log.warning("setting.needs_restart", setting="store")

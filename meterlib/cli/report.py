@@ -7,13 +7,22 @@ import csv
 import json
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 
-from meterlib.billing.report import DIMENSIONS, Completeness, Report, ShardCheck, ShardCompleteness, check_zone
+from meterlib.billing.estimates import Accuracy, Estimates
+from meterlib.billing.report import (
+    DIMENSIONS,
+    Completeness,
+    Group,
+    Report,
+    ShardCheck,
+    ShardCompleteness,
+    check_zone,
+)
 from meterlib.cli.exits import INCOMPLETE, OK
 from meterlib.cli.options import add_config, moment_ms
 from meterlib.cli.progress import Progress
@@ -40,6 +49,14 @@ hour, and by any attribute of the calls (attribute:NAME, or just NAME). A row ha
   partial     calls that were cut short, counted as far as they went
   adjusted    corrections; their differences are in the sums
 
+With --estimates, rows say instead how good the estimates before the calls were:
+
+  calls       settled ones of which the estimate and the input are known
+  median      of the input tokens they were charged (uncached input and cache
+              writes, as limits count them), divided by what was estimated:
+              1.000 is as estimated, above is more, and was let through too soon
+  p95         the same; 95 of 100 calls are at most this
+
 The last lines say whether the report is complete. Entries of a shard are
 numbered without gaps, so a number that is missing shows. In CSV these lines go
 to standard error, in JSON they are the object "completeness".
@@ -49,6 +66,7 @@ examples:
   meterlib report --since 2026-03-01 --until 2026-04-01 --tz Europe/Berlin \\
                   --by tenant --by day --format csv --strict > march.csv
   meterlib report --tenant acme --by attribute:session --format json | jq .total
+  meterlib report --estimates --by model --since 2026-03-01
 
 exit codes: 0 ok; 1 the store failed; 2 wrong usage or configuration;
 3 an entry is missing (only with --strict)
@@ -70,6 +88,8 @@ _HEADINGS = {
     "web_fetch_requests": "web fetch",
     "code_execution_requests": "code exec",
 }
+RATIO_DIGITS = 3
+_ACCURACY = ("calls", "median", "p95")
 _ALWAYS_SHOWN = ("calls", "input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens", "output_tokens")
 
 
@@ -87,6 +107,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tz", default="UTC", metavar="IANA", help="zone of days, hours, --since and --until (default: UTC)"
     )
     parser.add_argument("--tenant", metavar="T", help="only this tenant")
+    parser.add_argument(
+        "--estimates", action="store_true", help="tell how charges compare with their estimates, in place of usage"
+    )
     formats = parser.add_mutually_exclusive_group()
     formats.add_argument("--format", choices=("table", "json", "csv"), default="table", help="default: table")
     formats.add_argument("--json", dest="format", action="store_const", const="json", help="the same as --format json")
@@ -110,7 +133,7 @@ def run(arguments: argparse.Namespace) -> int:
     return INCOMPLETE if arguments.strict and not completeness.complete else OK
 
 
-def _checked(arguments: argparse.Namespace) -> Report:
+def _checked(arguments: argparse.Namespace) -> Report | Estimates:
     """What is asked for; errors name the option."""
     try:
         return _asked_for(arguments)
@@ -120,7 +143,7 @@ def _checked(arguments: argparse.Namespace) -> Report:
         raise InvalidInput(f"--{error.field}", str(error).partition(": ")[2]) from None
 
 
-def _asked_for(arguments: argparse.Namespace) -> Report:
+def _asked_for(arguments: argparse.Namespace) -> Report | Estimates:
     words = [word.strip() for words in arguments.by or DEFAULT_BY for word in words.split(",")]
     tz: str = check_zone(arguments.tz)
     since_ms = None if arguments.since is None else moment_ms(arguments.since, tz, "--since")
@@ -131,10 +154,11 @@ def _asked_for(arguments: argparse.Namespace) -> Report:
         )
     if arguments.tenant is not None:
         check_tenant(arguments.tenant)
-    return Report(words, tz=tz, since_ms=since_ms, until_ms=until_ms, tenant=arguments.tenant)
+    kind = Estimates if arguments.estimates else Report
+    return kind(words, tz=tz, since_ms=since_ms, until_ms=until_ms, tenant=arguments.tenant)
 
 
-def _read(store: Store, report: Report) -> Completeness:
+def _read(store: Store, report: Report | Estimates) -> Completeness:
     """Count all entries asked for; each shard is read from the first that matters to the last."""
     shards = range(store.shards) if report.tenant is None else [store.shard_of(report.tenant)]
     heads = {shard: store.head(shard) for shard in shards}
@@ -159,43 +183,61 @@ def _read(store: Store, report: Report) -> Completeness:
 # ── Formats ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _print_table(report: Report, completeness: Completeness) -> None:
+Numbers: TypeAlias = Mapping[str, int | float | None]
+
+
+def _numbers_of(report: Report | Estimates) -> tuple[Sequence[str], list[tuple[Group, Numbers]], Numbers]:
+    """The names of a row's numbers, the numbers of each group, and those of all together."""
+    if isinstance(report, Report):
+        return report.columns, [(row.group, row.sums) for row in report.rows()], report.total()
+    return _ACCURACY, [(row.group, _accuracy(row)) for row in report.rows()], _accuracy(report.total())
+
+
+def _accuracy(row: Accuracy) -> Numbers:
+    rounded = (None if ratio is None else round(ratio, RATIO_DIGITS) for ratio in (row.median, row.p95))
+    return dict(zip(_ACCURACY, (row.calls, *rounded), strict=True))
+
+
+def _print_table(report: Report | Estimates, completeness: Completeness) -> None:
     print(_title(report))
     print()
-    rows, total = report.rows(), report.total()
+    columns, rows, total = _numbers_of(report)
     if rows:
-        told = [column for column in report.columns if any(row.sums[column] for row in rows)]
-        shown = [*_ALWAYS_SHOWN, *(column for column in told if column not in _ALWAYS_SHOWN)]
+        always = _ALWAYS_SHOWN if isinstance(report, Report) else columns
+        told = [column for column in columns if any(numbers[column] for _, numbers in rows)]
+        shown = [*always, *(column for column in told if column not in always)]
         keys = [Column(name, key=True) for name in report.by]
-        numbers = [Column(_HEADINGS.get(column, column), number=True) for column in shown]
-        lines = [[*map(_cell, row.group), *(f"{row.sums[column]:,}" for column in shown)] for row in rows]
-        last = ["total", *[""] * (len(keys) - 1), *(f"{total[column]:,}" for column in shown)]
-        print_table([*keys, *numbers], lines, last)
+        headings = [Column(_HEADINGS.get(column, column), number=True) for column in shown]
+        lines = [[*map(_cell, group), *(_number(numbers[column]) for column in shown)] for group, numbers in rows]
+        last = ["total", *[""] * (len(keys) - 1), *(_number(total[column]) for column in shown)]
+        print_table([*keys, *headings], lines, last)
     else:
-        print("no entries")
+        print("no entries" if isinstance(report, Report) else "no settled calls with an estimate")
     print()
     for line in _completeness_lines(report, completeness):
         print(line)
 
 
-def _print_csv(report: Report, completeness: Completeness) -> None:
+def _print_csv(report: Report | Estimates, completeness: Completeness) -> None:
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow([*report.by, *report.columns])
-    for row in report.rows():
-        writer.writerow([*map(_safe, row.group), *row.sums.values()])
+    columns, rows, _ = _numbers_of(report)
+    writer.writerow([*report.by, *columns])
+    for group, numbers in rows:
+        writer.writerow([*map(_safe, group), *numbers.values()])
     for line in _completeness_lines(report, completeness):
         print(line, file=sys.stderr)
 
 
-def _print_json(report: Report, completeness: Completeness) -> None:
+def _print_json(report: Report | Estimates, completeness: Completeness) -> None:
+    _, rows, total = _numbers_of(report)
     document = {
         "by": report.by,
         "tz": report.tz,
         "since": None if report.since_ms is None else at_text(report.since_ms, report.tz),
         "until": None if report.until_ms is None else at_text(report.until_ms, report.tz),
         "tenant": report.tenant,
-        "rows": [dict(zip(report.by, row.group, strict=True)) | row.sums for row in report.rows()],
-        "total": report.total(),
+        "rows": [{**dict(zip(report.by, group, strict=True)), **numbers} for group, numbers in rows],
+        "total": total,
         "completeness": msgspec.to_builtins(completeness),
     }
     print(json.dumps(document, indent=2, ensure_ascii=False))
@@ -212,8 +254,15 @@ def _cell(value: str | None) -> str:
     return "-" if value is None else value
 
 
-def _title(report: Report) -> str:
-    whose = "usage" if report.tenant is None else f"usage of {report.tenant}"
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.{RATIO_DIGITS}f}"
+
+
+def _title(report: Report | Estimates) -> str:
+    what = "usage" if isinstance(report, Report) else "charged input tokens / their estimates"
+    whose = what if report.tenant is None else f"{what} of {report.tenant}"
     since = "" if report.since_ms is None else f" from {at_text(report.since_ms, report.tz)}"
     until = "" if report.until_ms is None else f" until {at_text(report.until_ms, report.tz)}"
     return f"{whose}{since}{until}, by {', '.join(report.by)} ({report.tz})"
@@ -222,7 +271,7 @@ def _title(report: Report) -> str:
 # ── Completeness in words ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _completeness_lines(report: Report, completeness: Completeness) -> list[str]:
+def _completeness_lines(report: Report | Estimates, completeness: Completeness) -> list[str]:
     shards = completeness.shards
     whose = f"{len(shards)} shards" if len(shards) > 1 else f"shard {shards[0].shard}"
     count = f"{completeness.entries:,} {'entry' if completeness.entries == 1 else 'entries'}"
@@ -243,9 +292,11 @@ def _completeness_lines(report: Report, completeness: Completeness) -> list[str]
             )
         if len(shard.epochs) > 1:
             lines.append(f"shard {shard.shard}: the ledger was begun anew, epochs {', '.join(shard.epochs)}")
-    total = report.total()
-    counted = f"late {total['late']:,}, expired {total['expired']:,}, partial {total['partial']:,}"
-    lines.append(f"open reservations {completeness.open_reservations:,} (their usage is not in yet), {counted}")
+    counted = ""
+    if isinstance(report, Report):
+        total = report.total()
+        counted = f", late {total['late']:,}, expired {total['expired']:,}, partial {total['partial']:,}"
+    lines.append(f"open reservations {completeness.open_reservations:,} (their usage is not in yet){counted}")
     width = terminal_width()
     return [
         part for line in lines for part in textwrap.wrap(line, width, subsequent_indent="  ", break_on_hyphens=False)
@@ -258,13 +309,13 @@ def _gaps_text(shards: Sequence[ShardCompleteness]) -> str:
     return ", ".join(gaps[:GAPS_SHOWN]) + more
 
 
-def _print_hints(report: Report, config: Config) -> None:
+def _print_hints(report: Report | Estimates, config: Config) -> None:
     """A word that was mistyped names an attribute that no call has: say so."""
     rows = report.rows()
     for at, name in enumerate(report.by):
         if rows and name not in DIMENSIONS and all(row.group[at] is None for row in rows):
             print(f"meterlib: no entry has an attribute {name!r}{_hint(name, DIMENSIONS)}", file=sys.stderr)
-    if report.tenant is not None and not rows:
+    if report.tenant is not None and not report.entries:
         names = [tenant.name for tenant in config.tenant]
         known = "" if report.tenant in names else _hint(report.tenant, names)
         print(f"meterlib: there are no entries of tenant {report.tenant!r}{known}", file=sys.stderr)

@@ -21,6 +21,8 @@ examples:
 A caller shows it as x-api-key, or as Authorization: Bearer or Token:
 
   export ANTHROPIC_BASE_URL=http://127.0.0.1:8787 ANTHROPIC_API_KEY=ml_…
+
+exit codes: 0 ok; 1 standard output failed; 2 wrong usage
 """
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from random import Random
 
 import msgspec
 
+from meterlib.core.decisions import Denial
+from meterlib.core.policy import Limit
 from meterlib.errors import QuotaExceeded
 from meterlib.gateway.headers import Headers
 
@@ -18,6 +20,7 @@ RETRY_AFTER_S_MAX = 60
 
 _JITTER = 0.2
 _random = Random()  # only spreads retries; nothing depends on it being hard to guess
+_SPANS = {"hour": "this hour", "day": "today", "week": "this week", "month": "this month"}
 
 
 class Refusal(Exception):
@@ -52,7 +55,7 @@ def new_request_id() -> str:
     return f"req_{secrets.token_hex(12)}"
 
 
-def denied(error: QuotaExceeded) -> Refusal:
+def denied(error: QuotaExceeded, limits: Mapping[str, Limit], random: Random = _random) -> Refusal:
     """The answer to a call that a limit denied.
 
     A window's denial says when to come back, in at most a minute, and a little later than that for some, so that not
@@ -60,7 +63,7 @@ def denied(error: QuotaExceeded) -> Refusal:
     themselves: they would sleep for hours.
     """
     first = error.denials[0]
-    what = f"{first.quota:,} {first.unit.replace('_', ' ')}"
+    what = _told(first, limits.get(first.name))
     if not error.retryable:
         message = f"{first.name}: this call asks for {first.requested:,} of at most {what}, so it can never be admitted"
         return Refusal(429, "rate_limit_error", message, [("x-should-retry", "false")])
@@ -68,15 +71,25 @@ def denied(error: QuotaExceeded) -> Refusal:
     wait_s = max(1, math.ceil(wait_ms / 1000))
     if first.period:
         until = datetime.fromtimestamp((error.limits[0].now_ms + wait_ms) / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        message = f"{first.name}: the budget of {what} is used up ({first.used:,} used); it is renewed at {until}"
+        message = f"{first.name}: the budget of {what} is used up ({first.used:,} are used); it is renewed at {until}"
         headers = [("x-should-retry", "false"), ("retry-after", str(wait_s))]
         return Refusal(429, "billing_error", message, headers, error_code="budget_exhausted")
-    message = f"{first.name}: this call would exceed {what}: {first.used:,} are used, {first.requested:,} asked for"
+    message = f"{first.name}: this call would exceed {what}; {first.used:,} are used, {first.requested:,} asked for"
     if wait_s > RETRY_AFTER_S_MAX:
         headers = [("x-should-retry", "false"), ("retry-after", str(wait_s))]
         return Refusal(429, "rate_limit_error", f"{message}; it passes in {wait_s:,} s", headers)
-    wait_s = min(RETRY_AFTER_S_MAX, wait_s + int(wait_s * _random.uniform(0, _JITTER) + 0.5))
+    wait_s = min(RETRY_AFTER_S_MAX, wait_s + random.randint(0, int(wait_s * _JITTER)))
     return Refusal(429, "rate_limit_error", f"{message}; try again in {wait_s} s", [("retry-after", str(wait_s))])
+
+
+def _told(denial: Denial, limit: Limit | None) -> str:
+    """The quota and its span: `50 requests in any 1m`."""
+    what = f"{denial.quota:,} {denial.unit.replace('_', ' ')}"
+    if limit is None:
+        return what  # a reload took it away meanwhile
+    if limit.period:
+        return f"{what} for {_SPANS[limit.period]} ({limit.tz})"
+    return f"{what} at the same time" if limit.open else f"{what} in any {limit.window}"
 
 
 def store_down() -> Refusal:
@@ -86,7 +99,10 @@ def store_down() -> Refusal:
 
 
 def filtered_models(body: bytes, may_use: Callable[[str], bool]) -> bytes:
-    """The provider's list of models, with only those left that a caller may use."""
+    """The provider's list of models, with only those left that a caller may use.
+
+    Where there are further pages, the ids that lead there stay the provider's: an empty page has none of its own.
+    """
     try:
         told = msgspec.json.decode(body, type=dict[str, object])
     except msgspec.DecodeError:
@@ -94,7 +110,8 @@ def filtered_models(body: bytes, may_use: Callable[[str], bool]) -> bytes:
     listed = told.get("data")
     models = [model for model in listed if may_use(str(_id_of(model)))] if isinstance(listed, list) else []
     ids = [_id_of(model) for model in models] or [None]
-    return msgspec.json.encode(told | {"data": models, "first_id": ids[0], "last_id": ids[-1]})
+    ends = {} if told.get("has_more") else {"first_id": ids[0], "last_id": ids[-1]}
+    return msgspec.json.encode(told | {"data": models} | ends)
 
 
 def _id_of(model: object) -> object:

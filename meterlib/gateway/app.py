@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
-import secrets
 import time
+import traceback
 from collections import OrderedDict, deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Self
 
+import msgspec
 import structlog
 from msgspec.structs import replace
 
 from meterlib.core.checks import ATTRIBUTE_BYTES_MAX, check_attributes
 from meterlib.core.policy import Policy
-from meterlib.errors import InvalidInput, MeterError, QuotaExceeded, StoreError
-from meterlib.gateway.answers import Refusal, denied, filtered_models, new_request_id, store_down
+from meterlib.errors import InvalidInput, MeterError, PolicyError, QuotaExceeded, StoreError
+from meterlib.gateway.admission import Admission, Background
+from meterlib.gateway.answers import RETRY_AFTER_S_MAX, Refusal, filtered_models
 from meterlib.gateway.call import Call, Outgoing
 from meterlib.gateway.callers import Caller, Callers
 from meterlib.gateway.encodings import TooLarge, Unreadable, decoder_for
 from meterlib.gateway.estimate import CacheAwareEstimator, Estimator
 from meterlib.gateway.exchange import BodyLate, BodyTooLarge, ClientGone, Exchange
-from meterlib.gateway.headers import Headers, for_client, for_upstream, of_limits, value_of, without
-from meterlib.gateway.metering import NOTHING, Metering, capped
+from meterlib.gateway.headers import Headers, for_client, for_upstream, value_of, without
+from meterlib.gateway.metering import NOTHING, Metering
 from meterlib.gateway.prompt import Prompt, prompt_of
-from meterlib.gateway.upstream import NoAnswer, NotSent, Upstream
+from meterlib.gateway.upstream import Answer, NoAnswer, NotSent, Upstream
 from meterlib.meter import AsyncMeter
 from meterlib.settings import GatewaySettings
 
@@ -44,7 +47,9 @@ NEEDS_RESTART = (
 
 TEND_S = 1.0
 MODELS_BYTES_MAX = 4 << 20
-_MODEL_PATH = re.compile(r"/v1/models/([A-Za-z0-9._:@-]{1,256})")
+HEAD_BYTES_MAX = 16 << 10
+HEADERS_MAX = 64
+_MODEL_PATH = re.compile(r"/v1/models/(?!\.{1,2}$)([A-Za-z0-9._:@-]{1,256})")
 _PACED_TENANTS_MAX = 10_000
 
 log = structlog.get_logger("meterlib.gateway")
@@ -78,15 +83,17 @@ class Gateway:
         self.settings = settings
         self.callers = callers
         self.meter = meter
-        self._estimator = estimator or CacheAwareEstimator(now_s)
         self._closes_meter = closes_meter
         self._now_s = now_s
         self._upstream = Upstream(settings)
         self._calls: set[Call] = set()
-        self._background: set[asyncio.Task[object]] = set()
+        self._background = Background()
+        self._admission = Admission(meter, estimator or CacheAwareEstimator(now_s), self._background)
         self._paces: OrderedDict[str, deque[float]] = OrderedDict()
-        self._handling = 0
+        self._handling: set[asyncio.Task[Any] | None] = set()
+        self._in_calls: set[asyncio.Task[Any] | None] = set()
         self._closing = False
+        self._stopping = False
 
     @property
     def open_calls(self) -> int:
@@ -96,28 +103,39 @@ class Gateway:
     # ── One request ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def handle(self, exchange: Exchange) -> None:
-        """Answer a request; never raises but when its task is cancelled."""
-        self._handling += 1
+        """Answer a request; never raises but when its task is cancelled by others than the gateway."""
+        task = asyncio.current_task()
+        self._handling.add(task)
         try:
-            await self._route(exchange)
-        except Refusal as refusal:
-            await self._refuse(exchange, refusal)
-        except ClientGone:
-            pass
-        except Exception:
-            log.exception("request.failed", method=exchange.method, path=exchange.path)
-            await self._refuse(exchange, Refusal(500, "api_error", "internal error of the gateway"))
+            try:
+                await self._route(exchange)
+            except Refusal as refusal:
+                await self._refuse(exchange, refusal)
+            except ClientGone:
+                pass
+            except Exception:
+                # As text, since some loggers would show the values of all variables: keys, tokens, prompts.
+                log.error("request.failed", method=exchange.method, exception=traceback.format_exc())
+                await self._refuse(exchange, Refusal(500, "api_error", "internal error of the gateway"))
+        except asyncio.CancelledError:
+            if not self._stopping or task is None:
+                raise
+            task.uncancel()
+            exchange.close()
         finally:
-            self._handling -= 1
+            self._handling.discard(task)
 
     async def _route(self, exchange: Exchange) -> None:
         method, path = exchange.method, exchange.path
+        if len(exchange.headers) > HEADERS_MAX or _head_bytes(exchange) > HEAD_BYTES_MAX:
+            message = f"the head of a request may have at most {HEADERS_MAX} headers and {HEAD_BYTES_MAX:,} bytes"
+            raise Refusal(431, "invalid_request_error", message)
         if path in ("/healthz", "/readyz") and method in ("GET", "HEAD"):
             return await self._tell_health(exchange, ready=path == "/readyz")
         base = self.settings.base_path
         inside = path[len(base) :] if path.startswith(base) else ""
         if method == "HEAD" and inside in ("", "/", "/api/hello") and path.startswith(base):
-            return await _answer(exchange, 200, b"")
+            return await self._answer(exchange, 200, b"")
         model = _MODEL_PATH.fullmatch(inside)
         routes = {"/v1/messages": "POST", "/v1/messages/count_tokens": "POST", "/v1/models": "GET"}
         expected = "GET" if model else routes.get(inside)
@@ -139,53 +157,25 @@ class Gateway:
 
     async def _message(self, exchange: Exchange, caller: Caller, path: str, body: bytes) -> None:
         try:
-            prompt = prompt_of(self._readable(exchange, body))
-        except InvalidInput as error:
-            await self._count_invalid(exchange, caller)
-            raise Refusal(400, "invalid_request_error", str(error)) from None
-        if not caller.may_use(prompt.model):
-            raise Refusal(404, "not_found_error", f"model: {prompt.model}")
+            prompt = self._prompt_of(exchange, caller, body)
+        except _Invalid as refusal:
+            await self._count_invalid(exchange, caller, refusal)
+            raise
         request, dropped = self._outgoing(exchange, caller, path, body)
-        metering = await self._admit(exchange, caller, prompt)
+        metering = await self._admission.admit(
+            caller.tenant,
+            self._attributes(exchange, caller, prompt.model),
+            prompt,
+            funding=caller.funding,
+            lease_ms=self.settings.lease_ms,
+        )
+        metering.facts["request_id"] = exchange.request_id
         if dropped:
             metering.facts["betas_dropped"] = ",".join(dropped)[:ATTRIBUTE_BYTES_MAX]
         if exchange.gone:
             return await metering.cancel()
-        limits = of_limits(metering.reservation.limits, self._limits())
+        limits = self._admission.limit_headers(metering.reservation.limits)
         return await self._run(exchange, caller, request, metering, limits)
-
-    async def _admit(self, exchange: Exchange, caller: Caller, prompt: Prompt) -> Metering:
-        """Hold what the call is expected to use.
-
-        Raises:
-            Refusal: a limit denied it, or nothing can be decided.
-        """
-        attributes = self._attributes(exchange, caller, prompt.model)
-        estimate = self._estimator.estimate(caller.tenant, prompt)
-        usage = capped(estimate.usage, self.meter.quotas_of(caller.tenant, attributes))
-        reservation_id = secrets.token_hex(16)
-        try:
-            reservation = await self.meter.reserve(
-                caller.tenant,
-                attributes,
-                usage,
-                reservation_id=reservation_id,
-                lease_ms=self.settings.lease_ms,
-                funding=caller.funding,
-            )
-        except asyncio.CancelledError:
-            self._spawn(self._cancel(caller.tenant, reservation_id))
-            raise
-        except QuotaExceeded as error:
-            log.info("call.denied", tenant=caller.tenant, limit=error.denials[0].name, wait_ms=error.retry_after_ms)
-            refusal = denied(error)
-            refusal.headers += of_limits(error.limits, self._limits())
-            raise refusal from None
-        except StoreError as error:
-            log.error("call.not_decided", tenant=caller.tenant, error=str(error))
-            self._spawn(self._cancel(caller.tenant, reservation_id))
-            raise store_down() from None
-        return Metering(reservation, self._estimator, estimate, prompt.model, self._spawn)
 
     async def _run(
         self, exchange: Exchange, caller: Caller, request: Outgoing, metering: Metering | None, limits: Headers = ()
@@ -200,26 +190,24 @@ class Gateway:
             limit_headers=limits,
             drains=on_disconnect == "drain",
             keeps_limits=not hosted and self.settings.ratelimit_headers == "upstream",
-            spawn=self._spawn,
+            spawn=self._background.spawn,
             now_s=self._now_s,
         )
+        task = asyncio.current_task()
         self._calls.add(call)
+        self._in_calls.add(task)
         try:
             await call.run(self._upstream)
         finally:
             self._calls.discard(call)
+            self._in_calls.discard(task)
 
     # ── What costs nothing ────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _count_tokens(self, exchange: Exchange, caller: Caller, path: str, body: bytes) -> None:
         """Counting is free, and has a pace of its own: Claude Code counts 25 times at once."""
         if caller.models:
-            try:
-                model = prompt_of(self._readable(exchange, body)).model
-            except InvalidInput as error:
-                raise Refusal(400, "invalid_request_error", str(error)) from None
-            if not caller.may_use(model):
-                raise Refusal(404, "not_found_error", f"model: {model}")
+            self._prompt_of(exchange, caller, body)
         self._pace(caller.tenant)
         request, _ = self._outgoing(exchange, caller, path, body)
         await self._run(exchange, caller, request, None)
@@ -233,10 +221,12 @@ class Gateway:
             self._paces.popitem(last=False)
         while pace and pace[0] <= now_s - 60:
             pace.popleft()
+        message = f"this call would exceed {quota:,} calls of count_tokens per minute"
+        if not quota:
+            raise Refusal(429, "rate_limit_error", message, [("x-should-retry", "false")])
         if len(pace) >= quota:
-            wait_s = str(int(pace[0] + 60 - now_s) + 1) if pace else "60"
-            message = f"this call would exceed {quota:,} calls of count_tokens per minute"
-            raise Refusal(429, "rate_limit_error", message, [("retry-after", wait_s)])
+            wait_s = min(RETRY_AFTER_S_MAX, max(1, math.ceil(pace[0] + 60 - now_s)))
+            raise Refusal(429, "rate_limit_error", message, [("retry-after", str(wait_s))])
         pace.append(now_s)
 
     async def _one_model(self, exchange: Exchange, caller: Caller, path: str, model: str) -> None:
@@ -249,19 +239,34 @@ class Gateway:
         request, _ = self._outgoing(exchange, caller, path, None)
         if not caller.models:
             return await self._run(exchange, caller, request, None)
+        answer, body = await self._whole_answer(request)
+        headers = without(for_client(answer.headers, keep_limits=False), "content-length")
+        if answer.status == 200:
+            body = filtered_models(body, caller.may_use)
+        return await self._answer(exchange, answer.status, body, headers)
+
+    async def _whole_answer(self, request: Outgoing) -> tuple[Answer, bytes]:
+        """What the provider answers, if that is no more than a list of models can have."""
         try:
             answer = await self._upstream.send(*request)
             try:
-                pieces = [chunk async for chunk in answer.chunks()]
+                pieces, size = [], 0
+                async for chunk in answer.chunks():
+                    size += len(chunk)
+                    if size > MODELS_BYTES_MAX:
+                        raise Refusal(502, "api_error", "the provider's list of models is too large")
+                    pieces.append(chunk)
             finally:
                 answer.close()
-        except (NotSent, NoAnswer):
+        except NotSent:
             raise Refusal(502, "api_error", "the provider cannot be reached") from None
-        headers = without(for_client(answer.headers, keep_limits=False), "content-length")
-        body = b"".join(pieces)
-        if answer.status == 200:
-            body = filtered_models(body, caller.may_use)
-        return await _answer(exchange, answer.status, body, headers)
+        except NoAnswer as error:
+            if error.timed_out:
+                raise Refusal(504, "timeout_error", "the provider took too long to answer") from None
+            raise Refusal(502, "api_error", "the provider gave no answer") from None
+        if 300 <= answer.status < 400:
+            raise Refusal(502, "api_error", "the provider answered with a redirect, which is never followed")
+        return answer, b"".join(pieces)
 
     async def _tell_health(self, exchange: Exchange, *, ready: bool) -> None:
         """`/healthz`: the process answers. `/readyz`: it also takes calls, and its store answers."""
@@ -273,7 +278,7 @@ class Gateway:
                     await self.meter.head(0)
             except (MeterError, TimeoutError):
                 raise Refusal(503, "api_error", "the store does not answer") from None
-        await _answer(exchange, 200, b'{"status":"ok"}', [("content-type", "application/json")])
+        await self._answer(exchange, 200, b'{"status":"ok"}', [("content-type", "application/json")])
 
     # ── Parts of a request ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -287,6 +292,24 @@ class Gateway:
         except BodyLate:
             raise Refusal(408, "timeout_error", "the request took too long to arrive") from None
 
+    def _prompt_of(self, exchange: Exchange, caller: Caller, body: bytes) -> Prompt:
+        """What the body says.
+
+        Raises:
+            Refusal: it makes no sense (`_Invalid`), or its model is none that the caller may use.
+        """
+        plain = self._readable(exchange, body)
+        try:
+            prompt = prompt_of(plain)
+            check_attributes({"model": prompt.model}, "body")
+        except InvalidInput as error:
+            raise _Invalid(400, "invalid_request_error", str(error)) from None
+        if caller.models and not _says_each_once(plain):
+            raise _Invalid(400, "invalid_request_error", "body: a field is there twice, or its name is escaped")
+        if not caller.may_use(prompt.model):
+            raise Refusal(404, "not_found_error", f"model: {prompt.model}")
+        return prompt
+
     def _readable(self, exchange: Exchange, body: bytes) -> bytes:
         encoding = value_of(exchange.headers, "content-encoding")
         if encoding is None:
@@ -296,10 +319,10 @@ class Gateway:
         except TooLarge:
             message = f"a request may have at most {self.settings.body_bytes_max:,} bytes when decompressed"
             code = "request_body_too_large_after_decoding"
-            raise Refusal(413, "request_too_large", message, error_code=code) from None
+            raise _Invalid(413, "request_too_large", message, error_code=code) from None
         except Unreadable as error:
             code = "request_body_encoding_unsupported"
-            raise Refusal(400, "invalid_request_error", f"content-encoding: {error}", error_code=code) from None
+            raise _Invalid(400, "invalid_request_error", f"content-encoding: {error}", error_code=code) from None
 
     def _outgoing(
         self, exchange: Exchange, caller: Caller, path: str, body: bytes | None
@@ -322,35 +345,51 @@ class Gateway:
                 attributes[name] = value
         return attributes
 
-    def _limits(self) -> dict[str, Any]:
-        return {limit.name: limit for limit in self.meter.policy.limits}
-
-    async def _count_invalid(self, exchange: Exchange, caller: Caller) -> None:
+    async def _count_invalid(self, exchange: Exchange, caller: Caller, refusal: Refusal) -> None:
         """A request that makes no sense counts as one, or else nothing would limit those who send nothing else."""
         if not self.settings.count_invalid_requests:
             return
         attributes = self._attributes(exchange, caller, None)
         try:
             held = await self.meter.reserve(caller.tenant, attributes, NOTHING, funding=caller.funding)
-            await held.settle(NOTHING, facts={"status": "400", "end": "invalid"})
+            facts = {"status": str(refusal.status), "end": "invalid", "request_id": exchange.request_id}
+            await held.settle(NOTHING, facts=facts)
         except QuotaExceeded as error:
-            raise denied(error) from None
+            raise self._admission.denied(error) from None
         except StoreError as error:
             log.warning("store.failed", tenant=caller.tenant, error=str(error))
 
     async def _refuse(self, exchange: Exchange, refusal: Refusal) -> None:
         if exchange.started:
             return exchange.close()
-        request_id = new_request_id()
-        headers = [("content-type", "application/json"), ("request-id", request_id), *refusal.headers]
+        headers = [("content-type", "application/json"), *refusal.headers]
         with suppress(ClientGone):
-            await _answer(exchange, refusal.status, refusal.body(request_id), headers)
+            await self._answer(exchange, refusal.status, refusal.body(exchange.request_id), headers)
         return None
+
+    async def _answer(self, exchange: Exchange, status: int, body: bytes, headers: Headers = ()) -> None:
+        """Send an answer in one piece; who does not take it in time loses the connection."""
+        try:
+            async with asyncio.timeout(self.settings.write_timeout_ms / 1000):
+                await exchange.start(status, [*headers, ("content-length", str(len(body)))])
+                if body and exchange.method != "HEAD":
+                    await exchange.write(body)
+                await exchange.finish()
+        except TimeoutError:
+            exchange.abort()
 
     # ── All requests ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def reload(self, settings: GatewaySettings, callers: Callers, policy: Policy) -> None:
-        """Other settings from the next request on; calls under way keep theirs. Some need a restart, and say so."""
+        """Other settings from the next request on; calls under way keep theirs. Some need a restart, and say so.
+
+        Raises:
+            PolicyError: anyone could call from now on, only because no tenant has a token any more. A file that is
+                just being written must not open the gateway.
+        """
+        if callers.anyone and not self.callers.anyone and settings.callers is None:
+            problem = "no tenant has a token any more; say 'anyone' here if everybody may bring a key of their own"
+            raise PolicyError("gateway.callers", problem)
         for name in NEEDS_RESTART:
             if getattr(settings, name) != getattr(self.settings, name):
                 log.warning("setting.needs_restart", setting=f"gateway.{name}")
@@ -377,26 +416,21 @@ class Gateway:
         while self._handling and time.monotonic() < until_s:
             await asyncio.sleep(0.02)
         self.stop_now()
-        while self._handling or self._background:
+        while self._handling:
             await asyncio.sleep(0.01)
+        await self._background.idle()
         await self._upstream.aclose()
         if self._closes_meter:
             await self.meter.aclose()
 
     def stop_now(self) -> None:
         """What is open is given up at once."""
+        self._stopping = True
         for call in list(self._calls):
             call.stop("shutdown")
-
-    def _spawn(self, step: Coroutine[Any, Any, object]) -> None:
-        task = asyncio.ensure_future(step)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
-
-    async def _cancel(self, tenant: str, reservation_id: str) -> None:
-        """Nobody knows whether this was reserved; it is not to be, even if it arrives only later."""
-        with suppress(MeterError):
-            await self.meter.cancel(tenant, reservation_id)
+        for task in self._handling - self._in_calls:
+            if task:
+                task.cancel()
 
     async def __aenter__(self) -> Self:
         return self
@@ -405,13 +439,18 @@ class Gateway:
         await self.aclose()
 
 
-async def _answer(exchange: Exchange, status: int, body: bytes, headers: Headers = ()) -> None:
-    """Send an answer in one piece."""
-    told = list(headers)
-    if value_of(told, "request-id") is None:
-        told.append(("request-id", new_request_id()))
-    told.append(("content-length", str(len(body))))
-    await exchange.start(status, told)
-    if body and exchange.method != "HEAD":
-        await exchange.write(body)
-    await exchange.finish()
+class _Invalid(Refusal):
+    """The request makes no sense, whoever sent it."""
+
+
+def _head_bytes(exchange: Exchange) -> int:
+    return len(exchange.path) + len(exchange.query) + sum([len(name) + len(value) for name, value in exchange.headers])
+
+
+def _says_each_once(body: bytes) -> bool:
+    """Whether no field of a JSON object is there twice: the provider might go by the other one.
+
+    Decoding keeps one of each name, and so makes the text shorter; escapes in names do that too.
+    """
+    kept = msgspec.json.encode(msgspec.json.decode(body, type=dict[str, msgspec.Raw]))
+    return len(msgspec.json.format(kept, indent=-1)) == len(msgspec.json.format(body, indent=-1))

@@ -6,6 +6,7 @@ import hmac
 import os
 import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
@@ -18,9 +19,19 @@ from meterlib.gateway.tokens import TOKEN_PREFIX, hash_of
 from meterlib.settings import GatewaySettings, TenantSettings, check_tenants
 
 CREDENTIAL_BYTES_MAX = 4096
+KEY_FILE_BYTES_MAX = 1024
 _KEY_BYTES = 32
 _LOOKED_UP = len("sha256:") + 16
 """A token is found by the first digits of its hash, and then compared in full, in a time that tells nothing."""
+
+
+class Secret(str):
+    """Text that no log, traceback or error shows by accident."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "'…'"
 
 
 class Caller:
@@ -37,7 +48,7 @@ class Caller:
     __slots__ = ("credential", "funding", "key", "models", "tenant")
 
     def __init__(
-        self, tenant: str, funding: Funding, key: str, models: Sequence[str], credential: tuple[str, str]
+        self, tenant: str, funding: Funding, key: str, models: Sequence[str], credential: tuple[str, Secret]
     ) -> None:
         self.tenant = tenant
         self.funding = funding
@@ -61,11 +72,14 @@ class _Shown(NamedTuple):
 
     header: str
     scheme: str
-    secret: str
+    secret: Secret
 
 
 class Callers:
     """Everyone who may call.
+
+    Attributes:
+        anyone: whether those may call that show no tenant's token, but a provider key of their own.
 
     Args:
         settings: the gateway's.
@@ -92,10 +106,10 @@ class Callers:
             for token in tenant.tokens:
                 key = _upstream_key(settings, tenant, at, environment)
                 models = tenant.models or settings.models
-                caller = Caller(tenant.name, tenant.funding, token[7:15], models, ("x-api-key", key))
+                caller = Caller(tenant.name, tenant.funding, token[7:15], models, ("x-api-key", Secret(key)))
                 self._known[token[:_LOOKED_UP]] = (token, caller)
         default = "known" if self._known else "anyone"
-        self._anyone = (settings.callers or default) == "anyone"
+        self.anyone = (settings.callers or default) == "anyone"
 
     def caller_of(self, headers: Headers) -> Caller:
         """Who shows these credentials: `x-api-key` counts before `Authorization`, and a tenant's token before others.
@@ -108,7 +122,7 @@ class Callers:
             caller = self._of_token(credential.secret)
             if caller:
                 return caller
-        if self._anyone and shown and not shown[0].secret.startswith(TOKEN_PREFIX):
+        if self.anyone and shown and not shown[0].secret.startswith(TOKEN_PREFIX):
             return self._of_own_key(shown[0])
         raise Refusal(401, "authentication_error", "invalid x-api-key or Authorization header")
 
@@ -121,27 +135,25 @@ class Callers:
         secret = shown.secret.encode("utf-8", "surrogateescape")
         name = hmac.digest(self._derivation_key, secret, "sha256").hex()[:16]
         tenant = self._settings.tenant or f"key-{name}"
-        credential = ("authorization", f"Bearer {shown.secret}") if shown.scheme == "bearer" else _api_key(shown)
+        credential = ("x-api-key", shown.secret)
+        if shown.scheme == "bearer":
+            credential = ("authorization", Secret(f"Bearer {shown.secret}"))
         return Caller(tenant, "own", name[:8], self._settings.models, credential)
 
 
-def _api_key(shown: _Shown) -> tuple[str, str]:
-    return ("x-api-key", shown.secret)
-
-
 def _shown(headers: Headers) -> list[_Shown]:
-    """The credentials of a request, if each is there once, of a known scheme, and of a sane size."""
+    """The credentials of a request that could be some; a header that is there twice makes all of them worthless."""
     found = []
     for header in ("x-api-key", "authorization"):
         values = values_of(headers, header)
-        if not values:
-            continue
-        scheme, _, secret = ("", "", values[0]) if header == "x-api-key" else values[0].partition(" ")
-        scheme, secret = scheme.lower(), secret.strip()
-        fits = len(values) == 1 and secret and len(secret) <= CREDENTIAL_BYTES_MAX and secret.isascii()
-        if not fits or not secret.isprintable() or scheme not in ("", "bearer", "token"):
-            raise Refusal(401, "authentication_error", "invalid x-api-key or Authorization header")
-        found.append(_Shown(header, scheme, secret))
+        if len(values) > 1:
+            return []
+        for value in values:
+            scheme, _, secret = ("", "", value) if header == "x-api-key" else value.partition(" ")
+            scheme, secret = scheme.lower(), secret.strip()
+            is_known = header == "x-api-key" or scheme in ("bearer", "token")
+            if is_known and 0 < len(secret) <= CREDENTIAL_BYTES_MAX and secret.isascii() and secret.isprintable():
+                found.append(_Shown(header, scheme, Secret(secret)))
     return found
 
 
@@ -161,18 +173,10 @@ def read_or_make_key(path: Path) -> bytes:
         PolicyError: the file cannot be read or made, or is no such key.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with_key = path.with_name(f"{path.name}.{os.getpid()}")
-        descriptor = os.open(with_key, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secrets.token_hex(_KEY_BYTES))
-        try:
-            os.link(with_key, path)  # which fails if the file is there, so that all processes have the same key
-        except FileExistsError:
-            pass
-        finally:
-            with_key.unlink()
-        key = bytes.fromhex(path.read_text())
+        if not path.exists():
+            _make_key(path)
+        with path.open("rb") as file:
+            key = bytes.fromhex(file.read(KEY_FILE_BYTES_MAX).decode())
     except OSError as error:
         raise PolicyError("gateway.key_file", f"{path} cannot be used: {error.strerror}") from None
     except ValueError:
@@ -180,3 +184,17 @@ def read_or_make_key(path: Path) -> bytes:
     if len(key) != _KEY_BYTES:
         raise PolicyError("gateway.key_file", f"{path} holds no key; remove it, and names of unknown callers change")
     return key
+
+
+def _make_key(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with_key = path.with_name(f"{path.name}.{os.getpid()}")
+    with_key.unlink(missing_ok=True)
+    descriptor = os.open(with_key, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_hex(_KEY_BYTES))
+        with suppress(FileExistsError):
+            os.link(with_key, path)  # which fails if the file is there, so that all processes have the same key
+    finally:
+        with_key.unlink()

@@ -20,8 +20,10 @@ from msgspec import Raw
 
 from meterlib.gateway.prompt import Block
 
-BLOCK_TOKENS = 3
+BLOCK_TOKENS = 2
 """What separates a block from the next."""
+TOOL_TOKENS = 30
+"""What a tool's definition is framed with, told from the one example whose tokens are published."""
 IMAGE_TOKENS = 1_560
 """An image that is not in the request, or of no known format: as if it had 1920 x 1080 pixels."""
 PAGE_TOKENS = 2_170
@@ -145,6 +147,8 @@ class _Scale:
         if "defer_loading" in block and bytes(block["defer_loading"]) == b"true":
             self.tokens -= BLOCK_TOKENS  # not in the prompt until the model searches for it
             return
+        if "input_schema" in block:
+            self.tokens += TOOL_TOKENS
         self.texts += [value for name, value in block.items() if name not in ("type", "role", "id", "tool_use_id")]
 
     def _put_content(self, content: Raw) -> None:

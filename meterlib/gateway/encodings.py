@@ -10,6 +10,9 @@ from typing import Any, Protocol
 PIECE_BYTES = 1 << 16
 """How much is decompressed at a time, so that a small piece of input cannot fill the memory."""
 
+MEMBER_BYTES = 4096
+"""What a further gzip member or zstd frame counts as at least: millions of empty ones are no answer either."""
+
 
 class TooLarge(Exception):
     """What comes out is more than was allowed."""
@@ -54,8 +57,15 @@ class _Counted:
     def __init__(self, bytes_max: int) -> None:
         self._left = bytes_max
 
-    def _count(self, data: bytes) -> bytes:
-        self._left -= len(data)
+    def feed(self, data: bytes) -> bytes:
+        # In pieces, since what a piece leaves over is copied for each step that is made with it.
+        return b"".join([self._fed(data[at : at + PIECE_BYTES]) for at in range(0, len(data) or 1, PIECE_BYTES)])
+
+    def _fed(self, data: bytes) -> bytes:
+        raise NotImplementedError
+
+    def _count(self, data: bytes, size: int = 0) -> bytes:
+        self._left -= size or len(data)
         if self._left < 0:
             raise TooLarge
         return data
@@ -75,7 +85,7 @@ class _Zlib(_Counted):
         self._undo = zlib.decompressobj(self._bits)
         self._may_be_raw = deflate
 
-    def feed(self, data: bytes) -> bytes:
+    def _fed(self, data: bytes) -> bytes:
         found, more = [], True
         while data or more:
             piece, data = self._take(data)
@@ -84,7 +94,8 @@ class _Zlib(_Counted):
         return b"".join(found)
 
     def _take(self, data: bytes) -> tuple[bytes, bytes]:
-        if self._undo.eof:
+        if self._undo.eof and data:
+            self._count(b"", MEMBER_BYTES)
             self._undo = zlib.decompressobj(self._bits)
         try:
             piece = self._undo.decompress(data, PIECE_BYTES)
@@ -105,7 +116,7 @@ class _Brotli(_Counted):
         self._undo: Any = library.Decompressor()
         self._error: type[Exception] = library.error
 
-    def feed(self, data: bytes) -> bytes:
+    def _fed(self, data: bytes) -> bytes:
         found = []
         try:
             while data or not self._undo.can_accept_more_data():
@@ -124,7 +135,7 @@ class _Zstandard(_Counted):
         self._library = _imported("compression.zstd", "backports.zstd")
         self._undo: Any = self._library.ZstdDecompressor()
 
-    def feed(self, data: bytes) -> bytes:
+    def _fed(self, data: bytes) -> bytes:
         found = []
         try:
             while data or not self._undo.needs_input:
@@ -132,6 +143,7 @@ class _Zstandard(_Counted):
                     data = self._undo.unused_data + data
                     if not data:
                         break
+                    self._count(b"", MEMBER_BYTES)
                     self._undo = self._library.ZstdDecompressor()
                 found.append(self._count(self._undo.decompress(data, PIECE_BYTES)))
                 data = b""

@@ -8,15 +8,15 @@ provider has cached, and how many tokens they turned out to be.
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from hashlib import blake2b
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
 from meterlib.core.usage import Usage
 from meterlib.gateway.content import Model, Weight, model_of, weigh
+from meterlib.gateway.memory import Latest, Prefix, Ratio
 from meterlib.gateway.prompt import Prompt
 
 RATIO = 1 / 3.5
@@ -79,8 +79,8 @@ class CacheAwareEstimator:
         ratios_max: int = RATIOS_MAX,
     ) -> None:
         self._now_s = now_s
-        self._prefixes: _Latest[bytes, _Prefix] = _Latest(prefixes_max)
-        self._ratios: _Latest[tuple[str, str], _Ratio] = _Latest(ratios_max)
+        self._prefixes: Latest[bytes, Prefix] = Latest(prefixes_max)
+        self._ratios: Latest[tuple[str, str], Ratio] = Latest(ratios_max)
 
     def estimate(self, tenant: str, prompt: Prompt) -> Estimate:
         """What this call is going to use; nothing is remembered of it until it is settled."""
@@ -126,11 +126,12 @@ class CacheAwareEstimator:
         base = _base(basis, read) if exact else None
         if exact and base is not None:
             self._learn_ratio(basis, usage.input_tokens + read + written - base)
-        self._learn_reading(basis, read)
+        if basis.read:
+            self._learn_reading(basis, basis.read, read, cached=bool(read + written))
         if read + written:
             self._learn_writing(basis, base, read + written if exact else None)
 
-    def _cached(self, prompt: Prompt, digests: dict[int, bytes], now_s: float) -> tuple[int, _Prefix | None]:
+    def _cached(self, prompt: Prompt, digests: dict[int, bytes], now_s: float) -> tuple[int, Prefix | None]:
         """The longest prefix to be read from the cache, and at which block it ends; -1 if there is none."""
         for point in reversed(prompt.breakpoints):
             for at in _looked_at(point.at):
@@ -139,11 +140,11 @@ class CacheAwareEstimator:
                     return at, prefix
         return -1, None
 
-    def _ratio(self, tenant: str, model: str) -> _Ratio:
+    def _ratio(self, tenant: str, model: str) -> Ratio:
         known = self._ratios.get((tenant, model))
         if known:
             return known
-        return (self._ratios.get((_ANY_TENANT, model)) or _Ratio(RATIO, 0.0))._replace(seen=0.0)
+        return (self._ratios.get((_ANY_TENANT, model)) or Ratio(RATIO, 0.0))._replace(seen=0.0)
 
     def _learn_ratio(self, basis: _Basis, fresh_tokens: int) -> None:
         weight = basis.fresh.text
@@ -156,16 +157,13 @@ class CacheAwareEstimator:
         for tenant in (basis.tenant, _ANY_TENANT):
             self._ratios.put((tenant, basis.model), self._ratio(tenant, basis.model).towards(found, trust))
 
-    def _learn_reading(self, basis: _Basis, read_tokens: int) -> None:
+    def _learn_reading(self, basis: _Basis, expected: Prefix, read_tokens: int, cached: bool) -> None:
         """The prefixes that were used live on; the one that was to be read and was not is gone."""
-        if not basis.read:
-            return
-        for digest in basis.used:
+        for digest in basis.used if cached else ():
             known = self._prefixes.get(digest)
             if known:
                 self._prefixes.put(digest, known.used_at(basis.at_s))
-        short = read_tokens < basis.read.tokens * (1.0 if basis.read.exact else 0.8)
-        if short:
+        if read_tokens < expected.tokens * (1.0 if expected.exact else 0.8):
             self._prefixes.drop(basis.used[0])
 
     def _learn_writing(self, basis: _Basis, base: int | None, cached_tokens: int | None) -> None:
@@ -184,7 +182,7 @@ class CacheAwareEstimator:
                 part = (mark.tokens - first) / (last - first) if last > first else 1.0
                 tokens = round(begin + part * (cached_tokens - begin))
             if exact or tokens >= model.cached_tokens_min:
-                prefix = _Prefix(tokens, exact, mark.ttl_s, basis.at_s + mark.ttl_s)
+                prefix = Prefix(tokens, exact, mark.ttl_s, basis.at_s + mark.ttl_s)
                 self._prefixes.put(mark.digest, prefix.joined(self._prefixes.get(mark.digest)))
 
 
@@ -197,37 +195,6 @@ TEXT_LEARNT_FROM_MIN = 40
 """Less text than this tells nothing of its ratio, in bytes."""
 TEXT_TRUSTED = 4_000
 """So much text tells as much of the ratio as any more."""
-PACE = 0.12
-"""How far one more call moves a ratio that is known well."""
-
-
-class _Prefix(NamedTuple):
-    tokens: int
-    exact: bool
-    ttl_s: int
-    expires_s: float
-
-    def used_at(self, at_s: float) -> _Prefix:
-        return self._replace(expires_s=max(self.expires_s, at_s + self.ttl_s))
-
-    def joined(self, known: _Prefix | None) -> _Prefix:
-        """The same prefix as told by another call: the longer life counts, and the better number."""
-        if known is None:
-            return self
-        told = self if self.exact or not known.exact else known
-        return _Prefix(told.tokens, told.exact, max(self.ttl_s, known.ttl_s), max(self.expires_s, known.expires_s))
-
-
-class _Ratio(NamedTuple):
-    """Tokens for each byte of weighed text, and how much text has told so, in units of `TEXT_TRUSTED`."""
-
-    tokens_per_byte: float
-    seen: float
-
-    def towards(self, found: float, trust: float) -> _Ratio:
-        """At first the mean of all that was found, later an average in which the latest counts most."""
-        step = max(PACE * trust, trust / (self.seen + trust + 0.5))
-        return _Ratio(self.tokens_per_byte + step * (found - self.tokens_per_byte), self.seen + trust)
 
 
 class _Mark(NamedTuple):
@@ -253,36 +220,9 @@ class _Basis(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     at_s: float
     used: tuple[bytes, ...]
-    read: _Prefix | None
+    read: Prefix | None
     marks: tuple[_Mark, ...]
     fresh: Weight
-
-
-_Key = TypeVar("_Key")
-_Value = TypeVar("_Value")
-
-
-class _Latest(Generic[_Key, _Value]):
-    """A mapping that forgets what was put longest ago."""
-
-    def __init__(self, size_max: int) -> None:
-        self._size_max = size_max
-        self._values: OrderedDict[_Key, _Value] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def get(self, key: _Key) -> _Value | None:
-        return self._values.get(key)
-
-    def put(self, key: _Key, value: _Value) -> None:
-        self._values[key] = value
-        self._values.move_to_end(key)
-        if len(self._values) > self._size_max:
-            self._values.popitem(last=False)
-
-    def drop(self, key: _Key) -> None:
-        self._values.pop(key, None)
 
 
 # ── Prompts ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -341,7 +281,7 @@ class _Count:
         return self._base + self.others + round(self.text * self._tokens_per_byte)
 
 
-def _usage(read: _Prefix | None, marks: list[_Mark], tokens: int, model: Model) -> Usage:
+def _usage(read: Prefix | None, marks: list[_Mark], tokens: int, model: Model) -> Usage:
     base = read.tokens if read else 0
     cached = marks[-1].tokens if marks else base
     if cached < model.cached_tokens_min:

@@ -27,6 +27,7 @@ class Exchange(Protocol):
         path: as it came, not unquoted, without the query.
         query: as it came, without the question mark.
         headers: pairs of a lower-case name and a value, in order.
+        request_id: made for this request: its answer's id, should the provider give none.
         started: the head of the answer is sent.
     """
 
@@ -34,6 +35,7 @@ class Exchange(Protocol):
     path: str
     query: str
     headers: Headers
+    request_id: str
     started: bool
 
     @property
@@ -48,7 +50,7 @@ class Exchange(Protocol):
         """
 
     async def start(self, status: int, headers: Headers) -> None:
-        """Send the head of the answer. Raises ClientGone."""
+        """Send the head of the answer, with `request_id` if the headers name none. Raises ClientGone."""
 
     async def write(self, data: bytes) -> None:
         """Send a piece of the answer, as soon as the client takes it. Raises ClientGone."""

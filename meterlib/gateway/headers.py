@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 
+from meterlib.core.checks import ATTRIBUTE_BYTES_MAX
 from meterlib.core.decisions import LimitState
 from meterlib.core.policy import Limit
 
@@ -32,6 +33,8 @@ _ANSWER = {
 }
 _ANSWER_PREFIXES = ("anthropic-",)
 _LIMITS = ("anthropic-ratelimit-", "anthropic-priority-", "anthropic-fast-", "ratelimit")
+_INTEGER_MAX = 999_999_999_999_999
+"""Integers of structured fields (RFC 9651) have at most 15 digits."""
 _FAMILIES = {"requests": "requests", "input_tokens": "input-tokens", "output_tokens": "output-tokens"}
 
 
@@ -53,7 +56,7 @@ def for_upstream(
     Only what means something to the provider passes; credentials are replaced, and the answer is asked for as it is,
     not compressed.
     """
-    passed = [(name, value) for name, value in headers if _passes(name, value, _REQUEST, _REQUEST_PREFIXES)]
+    passed = _passing(headers, _REQUEST, _REQUEST_PREFIXES)
     dropped: list[str] = []
     if betas is not None:
         passed, dropped = _with_betas(passed, betas)
@@ -64,7 +67,11 @@ def for_upstream(
 
 def for_client(headers: Iterable[tuple[str, str]], *, keep_limits: bool) -> list[tuple[str, str]]:
     """The headers that an answer goes on with; what the provider says of its own limits only where it concerns them."""
-    passed = [(name, value) for name, value in headers if _passes(name, value, _ANSWER, _ANSWER_PREFIXES)]
+    passed = [
+        (name, value)
+        for name, value in _passing(list(headers), _ANSWER, _ANSWER_PREFIXES)
+        if name != "request-id" or _is_id(value)
+    ]
     return passed if keep_limits else [(name, value) for name, value in passed if not name.startswith(_LIMITS)]
 
 
@@ -73,8 +80,23 @@ def without(headers: Headers, *names: str) -> list[tuple[str, str]]:
     return [(name, value) for name, value in headers if name not in names]
 
 
-def _passes(name: str, value: str, names: set[str], prefixes: tuple[str, ...]) -> bool:
-    return (name in names or name.startswith(prefixes)) and value.isascii() and value.replace("\t", " ").isprintable()
+def _passing(headers: Headers, names: set[str], prefixes: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Those that pass by their name, that `connection` does not keep to this connection, and that hold plain text."""
+    hops = {word.strip().lower() for value in values_of(headers, "connection") for word in value.split(",")}
+    return [
+        (name, value)
+        for name, value in headers
+        if (name in names or name.startswith(prefixes)) and name not in hops and _is_plain(value)
+    ]
+
+
+def _is_id(value: str) -> bool:
+    """Whether it can be noted in the ledger; if not, the client is told another, so that both have the same."""
+    return value.isprintable() and 0 < len(value) <= ATTRIBUTE_BYTES_MAX
+
+
+def _is_plain(value: str) -> bool:
+    return value.isascii() and value.replace("\t", " ").isprintable()
 
 
 def _with_betas(headers: Headers, allowed: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
@@ -138,7 +160,7 @@ def _reset_ms(state: LimitState) -> int:
 
 
 def _policy(state: LimitState, limit: Limit | None) -> str:
-    words = f'"{state.name}";q={state.quota}'
+    words = f'"{state.name}";q={min(state.quota, _INTEGER_MAX)}'
     if limit and limit.open:
         return f'{words};qu="concurrent-requests"'
     if limit and limit.window:
@@ -147,7 +169,7 @@ def _policy(state: LimitState, limit: Limit | None) -> str:
 
 
 def _rate(state: LimitState) -> str:
-    words = f'"{state.name}";r={state.remaining}'
+    words = f'"{state.name}";r={min(state.remaining, _INTEGER_MAX)}'
     if state.frees_at_ms is None:
         return words
     return f"{words};t={max(0, math.ceil((state.frees_at_ms - state.now_ms) / 1000))}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Literal
 
 import structlog
@@ -41,16 +41,6 @@ End = Literal[
 """How calls end; entries have it among their facts."""
 
 log = structlog.get_logger("meterlib.gateway")
-
-
-def capped(estimate: Usage, quotas: Mapping[str, int]) -> Usage:
-    """The estimate, held down to the smallest quota of input tokens: a guess must not be why a call never passes."""
-    quota = quotas.get("input_tokens")
-    fresh, written = estimate.input_tokens or 0, estimate.cache_creation_input_tokens or 0
-    if quota is None or fresh + written <= quota:
-        return estimate
-    written = min(written, quota)
-    return replace(estimate, input_tokens=quota - written, cache_creation_input_tokens=written)
 
 
 class Metering:

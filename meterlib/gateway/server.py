@@ -7,7 +7,9 @@ import logging
 from contextlib import suppress
 from typing import Any, Self
 
-from aiohttp import web
+from aiohttp import HttpVersion10, HttpVersion11, web
+from aiohttp.http_exceptions import LineTooLong
+from aiohttp.web_protocol import RequestHandler
 
 from meterlib.gateway.answers import Refusal, new_request_id
 from meterlib.gateway.app import Gateway
@@ -49,7 +51,12 @@ class Server:
         host, port = self.gateway.settings.address
         await self._runner.setup()
         site = web.TCPSite(self._runner, host, port, backlog=1024)
-        await site.start()
+        try:
+            await site.start()
+        except OSError:
+            await self._runner.cleanup()
+            await self.gateway.aclose()
+            raise
         self._sites.append(site)
         bound = self._runner.addresses[0]
         shown = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
@@ -69,7 +76,11 @@ class Server:
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         exchange = _Exchange(request)
-        await self.gateway.handle(exchange)
+        problem = _problem_of(request)
+        if problem:
+            exchange.response = _refused(400, problem)
+        else:
+            await self.gateway.handle(exchange)
         return exchange.response
 
 
@@ -79,6 +90,10 @@ class _Connections(web.Server):
     def __init__(self, handler: Any, *, connections_max: int, **settings: Any) -> None:
         super().__init__(handler, **settings)
         self._connections_max = connections_max
+        self._settings = settings
+
+    def __call__(self) -> RequestHandler:
+        return _Connection(self, loop=self._loop, **self._settings)
 
     def connection_made(self, handler: Any, transport: asyncio.Transport) -> None:
         super().connection_made(handler, transport)
@@ -86,18 +101,57 @@ class _Connections(web.Server):
             transport.abort()
 
 
+class _Connection(RequestHandler):
+    """One client's. What is no HTTP gets the API's kind of answer too, which repeats nothing of it."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        if request.writer.output_size > 0:
+            raise ConnectionError("half an answer is sent already")
+        if isinstance(exc, LineTooLong):
+            return _refused(431, "a line of the request's head is too long")
+        return _refused(status, "this is no valid HTTP" if status < 500 else "internal error of the gateway")
+
+
+def _problem_of(request: web.BaseRequest) -> str:
+    """What aiohttp's parser lets pass, and could be read in two ways by those in front of the gateway."""
+    if request.version not in (HttpVersion10, HttpVersion11):
+        return "the gateway speaks HTTP/1.1"
+    codings = request.headers.getall("transfer-encoding", ())
+    if codings and [coding.lower() for coding in codings] != ["chunked"]:
+        return "transfer-encoding: only chunked is known"
+    return ""
+
+
+def _refused(status: int, problem: str) -> web.Response:
+    """An answer to what is no request, and the last one on its connection."""
+    request_id = new_request_id()
+    body = Refusal(status, "invalid_request_error" if status < 500 else "api_error", problem).body(request_id)
+    headers = {"content-type": "application/json", "request-id": request_id, "server": "meterlib"}
+    response = web.Response(status=status, body=body, headers=headers)
+    response.force_close()
+    return response
+
+
 class _Exchange:
     """A request of aiohttp's server, as the gateway wants it."""
 
     def __init__(self, request: web.BaseRequest) -> None:
-        message = request.message
         self.method = request.method
-        path, _, self.query = message.path.partition("#")[0].partition("?")
+        path, _, self.query = request.raw_path.partition("#")[0].partition("?")
         # Only paths are known here; the absolute form, for proxies, would name a host.
         self.path = path if path.startswith("/") else ""
         self.headers: Headers = [(name.lower(), value) for name, value in request.headers.items()]
+        self.request_id = new_request_id()
         self.started = False
-        self.response = web.StreamResponse()
+        self.response: web.StreamResponse = web.StreamResponse()
         self._request = request
         self._closed = False
 
@@ -110,7 +164,8 @@ class _Exchange:
         told = value_of(self.headers, "content-length")
         if told is not None and int(told) > bytes_max:
             raise BodyTooLarge
-        if (value_of(self.headers, "expect") or "").lower() == "100-continue":
+        expected = (value_of(self.headers, "expect") or "").lower()
+        if expected == "100-continue" and self._request.version >= HttpVersion11:
             await self._request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             self._request.writer.output_size = 0
         content, pieces, size = self._request.content, [], 0
@@ -137,7 +192,7 @@ class _Exchange:
             response.headers.add(name, value)
         response.headers["server"] = "meterlib"
         if value_of(headers, "request-id") is None:
-            response.headers["request-id"] = new_request_id()
+            response.headers["request-id"] = self.request_id
         if not self._request.content.is_eof():
             response.force_close()  # what the client goes on to send is nobody's
         self.started = True

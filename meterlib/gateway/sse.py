@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from meterlib.core.checks import AMOUNT_MAX
+from meterlib.core.checks import AMOUNT_MAX, check_text
 from meterlib.core.ledger import Quality
 from meterlib.core.usage import CacheCreation, Iteration, OutputTokensDetails, ServerToolUse, Usage
 
@@ -21,6 +21,12 @@ EVENT_BYTES_MAX = 16 << 20
 
 CHARACTERS_PER_TOKEN = 4
 """How the output of an answer that was cut off is told from its visible text."""
+
+CONTENT_BYTES_KEPT = 64 << 10
+"""So much of the text waits to be looked at, in the hope that nobody needs to."""
+
+TEXT_BYTES_MAX = 128
+"""Of a tier, a speed or a region; anything longer is none."""
 
 _BOM = b"\xef\xbb\xbf"
 _NO_NAME = "message"
@@ -53,7 +59,7 @@ class EventDecoder:
     @property
     def between_events(self) -> bool:
         """Whether nothing of an event has come that is not complete."""
-        return not self._line and not self._bytes and not self._lf_belongs_to_last_line
+        return not (self._line or self._bytes or self._lf_belongs_to_last_line)
 
     def feed(self, chunk: bytes) -> list[Event]:
         """The events that this piece completes."""
@@ -127,16 +133,28 @@ class UsageStream:
         self.started = False
         self.finished = False
         self.error: str | None = None
+        self._event_bytes_max = event_bytes_max
         self._decoder = EventDecoder(event_bytes_max)
         self._start: dict[str, Any] = {}
         self._told: dict[str, Any] = {}
+        self._content = bytearray()
         self._characters = 0
         self._tokens_without_text = 0
 
     def feed(self, chunk: bytes) -> None:
         """The bytes of this piece are taken into account."""
-        for event in self._decoder.feed(chunk):
-            self._take(event)
+        while chunk:
+            size = self._content_in(chunk)
+            if size:
+                self._content += chunk[:size]
+            else:
+                size = chunk.find(b"\n\nevent: content_block_") + 2
+                size = len(chunk) if size < 2 else size
+                for event in self._decoder.feed(chunk[:size]):
+                    self._take(event)
+            chunk = chunk[size:]
+        if len(self._content) > CONTENT_BYTES_KEPT:
+            self._take_kept_content()
 
     def end(self) -> None:
         """What the stream ended with is taken into account, even if it lacks its last line end."""
@@ -166,7 +184,28 @@ class UsageStream:
 
     @property
     def _output_tokens_seen(self) -> int:
+        self._take_kept_content()
         return -(-self._characters // CHARACTERS_PER_TOKEN) + self._tokens_without_text
+
+    def _content_in(self, chunk: bytes) -> int:
+        """How many bytes of whole events the piece begins with that tell nothing but text, if it does.
+
+        Only of an answer that is cut off does anybody ask how long its text was. So the events of a text, which are
+        nearly all there are, are kept as they are: looking for their end costs a tenth of reading them.
+        """
+        if not chunk.startswith(b"event: content_block_") or not self.between_events or b"\r" in chunk:
+            return 0
+        ends = [chunk.find(b"\n\nevent: message_"), chunk.find(b"\n\nevent: error")]
+        end = min([end for end in ends if end >= 0] or [chunk.rfind(b"\n\n")])
+        size = max(0, end + 2)
+        each_has_a_name = chunk.count(b"\n\n", 0, size) == chunk.count(b"\n\nevent: ", 0, size) + 1
+        return size if end >= 0 and each_has_a_name else 0
+
+    def _take_kept_content(self) -> None:
+        for event in EventDecoder(self._event_bytes_max).feed(bytes(self._content)):
+            if event.name == "content_block_delta":
+                self._take_content(event.data)
+        self._content.clear()
 
     def _take(self, event: Event) -> None:
         name = event.name if event.name != _NO_NAME else _text(_json_object(event.data), "type")
@@ -179,6 +218,7 @@ class UsageStream:
                 self._take_delta(_part(_json_object(event.data), "usage"))
             case "message_stop":
                 self.finished = True
+                self._content.clear()
             case "error":
                 self.error = _text(_part(_json_object(event.data), "error"), "type") or "error"
 
@@ -322,7 +362,8 @@ def _usage(told: Mapping[str, Any]) -> Usage:
     for name, kind in _OTHER.items():
         if told.get(name) is not None:
             with suppress(*_UNREADABLE):
-                known[name] = msgspec.convert(told[name], kind)
+                value: Any = msgspec.convert(told[name], kind)
+                known[name] = check_text(value, name, TEXT_BYTES_MAX) if kind is str else value
     if known["cache_creation_input_tokens"] is None and "cache_creation" in known:
         known["cache_creation_input_tokens"] = _sum_of(known["cache_creation"])
     return Usage(**known)

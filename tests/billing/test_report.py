@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meterlib import InvalidInput, LedgerEntry
+from meterlib.billing.estimates import Accuracy, Estimates
 from meterlib.billing.report import COLUMNS, Completeness, Gap, Report, Row, ShardCheck, fold
 from meterlib.core.ledger import counts_of
 from meterlib.core.usage import CacheCreation, Iteration, OutputTokensDetails, ServerToolUse, Usage
@@ -424,3 +425,87 @@ def test_every_hole_is_found_for_any_deletion(kept: set[int], since: int, until:
     assert asked_for <= missing | kept
     assert not missing & kept
     assert len(asked_for & kept) == result.entries
+
+
+# ── Estimates ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def estimated(n: int, estimate: object, charged: object, **fields: Any) -> LedgerEntry:
+    """A call of which so many input tokens were estimated and charged; None is not known."""
+    plain = {
+        "estimate": {} if estimate is None else {"input_tokens": estimate, "cache_read_input_tokens": 7},
+        "usage": {} if charged is None else {"cache_creation_input_tokens": charged, "cache_read_input_tokens": 9},
+    }
+    return entry(n, **plain | fields)
+
+
+@given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)), min_size=1, max_size=60), st.randoms())
+def test_half_of_all_charges_are_at_most_the_median_of_their_estimates(
+    pairs: list[tuple[int, int]], shuffle: Any
+) -> None:
+    """The quantiles are those of the calls, in whatever order these are read, and cache reads are no part of them."""
+    booked = [estimated(n, estimate, charged) for n, (estimate, charged) in enumerate(pairs, 1)]
+    shuffle.shuffle(booked)
+    found = fold(booked, Estimates()).total()
+
+    ratios = [max(charged, 1) / max(estimate, 1) for estimate, charged in pairs]
+    assert len(pairs) == found.calls
+    for part, value in ((0.5, found.median), (0.95, found.p95)):
+        assert value in ratios
+        assert sum(ratio <= value for ratio in ratios) >= part * len(ratios) > sum(ratio < value for ratio in ratios)
+
+
+def test_groups_have_quantiles_of_their_own() -> None:
+    """A model that is estimated badly does not hide behind the others."""
+    booked = [
+        estimated(n, 100, charged, attributes={"model": model})
+        for n, (model, charged) in enumerate([("opus", 110), ("haiku", 90), ("opus", 300), ("opus", 120)], 1)
+    ]
+    report = fold(booked, Estimates(["model"]))
+
+    assert [
+        Accuracy(group=("haiku",), calls=1, median=0.9, p95=0.9),
+        Accuracy(group=("opus",), calls=3, median=1.2, p95=3.0),
+    ] == report.rows()
+    assert Accuracy(group=(), calls=4, median=1.1, p95=3.0) == report.total()
+
+
+@pytest.mark.parametrize(
+    "left_out",
+    [
+        estimated(1, None, 5),
+        estimated(1, 5, None),
+        estimated(1, 5, None, usage={"input_tokens": 0, "output_tokens": 0}),
+        estimated(1, 5, 5, quality="estimated"),
+        estimated(1, 5, 5, kind="late"),
+        estimated(1, 5, 5, kind="recorded"),
+        estimated(1, 5, -5, kind="adjusted"),
+        estimated(1, 5, None, kind="expired"),
+        estimated(1, "five", 5),
+        estimated(1, 5, 2**60),
+    ],
+)
+def test_only_settled_calls_of_which_both_numbers_are_known_are_compared(left_out: LedgerEntry) -> None:
+    """An estimate is never compared with itself, nor with nothing."""
+    report = fold([left_out], Estimates(["tenant"]))
+
+    assert (1, [], Accuracy(group=(), calls=0, median=None, p95=None)) == (
+        report.entries,
+        report.rows(),
+        report.total(),
+    )
+
+
+def test_an_estimate_that_was_told_as_a_fact_goes_before_what_was_held() -> None:
+    """A stream's hold is revised to the exact input, and a quota caps it; the estimate was another."""
+    told = estimated(1, 150, 150, facts={"estimated_input_tokens": "100"})
+    nonsense = estimated(2, 150, 150, facts={"estimated_input_tokens": "-1"})
+
+    assert [1.5, 1.0] == [fold([one], Estimates()).total().median for one in (told, nonsense)]
+
+
+def test_estimates_are_of_the_time_and_the_tenant_asked_for() -> None:
+    """As every report."""
+    booked = [estimated(1, 1, 1, tenant="globex"), estimated(2, 1, 2), estimated(3, 1, 3, booked_at=5)]
+
+    assert 2.0 == fold(booked, Estimates(since_ms=6, tenant="acme")).total().p95

@@ -322,6 +322,47 @@ def test_what_nobody_has_is_answered_with_what_was_probably_meant(meter: Meter, 
     assert "no entries of tenant 'acne'; did you mean 'acme'?" in run("report", "--tenant", "acne").err
 
 
+def estimated_call(meter: Meter, estimate: int, tenant: str = "acme", **tokens: int) -> None:
+    meter.reserve(tenant, HAIKU, Usage(input_tokens=estimate)).settle(Usage(**tokens))  # type: ignore[arg-type]
+
+
+def test_the_report_of_estimates_compares_them_with_the_charges(meter: Meter, run: Run) -> None:
+    """The operator sees how good the estimates are before trusting them to admit calls."""
+    estimated_call(meter, 1_000, input_tokens=100, cache_creation_input_tokens=1_100, cache_read_input_tokens=9_000)
+    estimated_call(meter, 1_000, input_tokens=900)
+    estimated_call(meter, 1_000, input_tokens=2_000)
+    estimated_call(meter, 300, "globex", input_tokens=100)
+    call(meter, input_tokens=5)
+
+    table = run("report", "--estimates", "--by", "tenant")
+    document = run("report", "--estimates", "--by", "tenant", "--json").json
+    cells = list(csv.reader(io.StringIO(run("report", "--estimates", "--by", "tenant", "--format", "csv").out)))
+
+    rows = [line.split() for line in table.out.splitlines()]
+    assert ["acme", "3", "1.200", "2.000"] in rows
+    assert ["globex", "1", "0.333", "0.333"] in rows
+    assert ["total", "4", "0.900", "2.000"] in rows
+    assert "complete: 5 entries of 4 shards, no gap" in table.out
+    assert {"tenant": "acme", "calls": 3, "median": 1.2, "p95": 2.0} == document["rows"][0]
+    assert {"calls": 4, "median": 0.9, "p95": 2.0} == document["total"]
+    assert [
+        ["tenant", "calls", "median", "p95"],
+        ["acme", "3", "1.2", "2.0"],
+        ["globex", "1", "0.333", "0.333"],
+    ] == cells
+
+
+def test_a_report_of_estimates_where_there_are_none_says_so(meter: Meter, run: Run) -> None:
+    """No calls to compare is an answer, and no error."""
+    call(meter)
+
+    table = run("report", "--estimates", "--tenant", "acme")
+
+    assert (0, "") == (table.code, table.err)
+    assert "no settled calls with an estimate" in table.out
+    assert {"calls": 0, "median": None, "p95": None} == run("report", "--estimates", "--json").json["total"]
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -159,7 +159,8 @@ async def a_world(
     journal = folder and folder / "journal"
     async with AsyncExitStack() as end:
         provider = await end.enter_async_context(Provider())
-        told = {"listen": "127.0.0.1:0", "base_path": BASE, "upstream": provider.url, "shutdown_ms": 0} | settings
+        usual = {"listen": "127.0.0.1:0", "base_path": BASE, "upstream": provider.url, "shutdown_ms": 0}
+        told: dict[str, Any] = usual | settings
         configured = GatewaySettings(**told)
         callers = Callers(configured, tenants, {"ANTHROPIC_API_KEY": PROVIDER_KEY, "OWN": OWN_KEY}, bytes(32))
         meter = AsyncMeter.connect(store, policy, options=options, clock=clock, journal=journal)
