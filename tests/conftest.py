@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -16,24 +17,35 @@ settings.register_profile(
 settings.load_profile("default")
 
 
+@contextmanager
+def server_of(kind: str, folders: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of this kind; without one, whoever needs it is skipped, and says why."""
+    reason = available(kind)
+    if reason:
+        pytest.skip(reason)
+    with start_server(folders.mktemp(kind), kind) as server:
+        yield server
+
+
 @pytest.fixture(scope="session")
 def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A Valkey of this session's own; tests flush it before they use it."""
-    reason = available("valkey")
-    if reason:
-        pytest.skip(reason)
-    with start_server(tmp_path_factory.mktemp("valkey"), "valkey") as server:
+    with server_of("valkey", tmp_path_factory) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def redis7(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The machine's Redis, where it has one."""
-    reason = available("redis")
-    if reason:
-        pytest.skip(reason)
-    with start_server(tmp_path_factory.mktemp("redis"), "redis") as server:
+    with server_of("redis", tmp_path_factory) as server:
         yield server
+
+
+@pytest.fixture(scope="module", params=["valkey", "redis"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of each kind, a module's own."""
+    with server_of(str(request.param), tmp_path_factory) as running:
+        yield running
 
 
 def soak_seconds() -> float:

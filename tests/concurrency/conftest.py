@@ -1,28 +1,15 @@
-"""Real servers, one of each kind a module."""
+"""Real servers, one of each kind a module, emptied for each test."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
-from tests.support.servers import Server, available, start_server
-
-
-@pytest.fixture(scope="module", params=["valkey", "redis"])
-def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server that many processes use at the same time."""
-    kind = str(request.param)
-    reason = available(kind)
-    if reason:
-        pytest.skip(reason)
-    with start_server(tmp_path_factory.mktemp(kind), kind) as running:
-        yield running
+from tests.support.servers import Server
 
 
 @pytest.fixture
-def emptied(shared: Server) -> Server:
-    """That server without anything in it."""
-    with shared.client() as client:
+def emptied(server: Server) -> Server:
+    """A server that many processes use at the same time, without anything in it."""
+    with server.client() as client:
         client.flushall()
-    return shared
+    return server

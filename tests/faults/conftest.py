@@ -12,18 +12,7 @@ from meterlib.store.scripts import lua_folder, script
 from meterlib.testing import Clock
 from tests.faults.world import IMPATIENT, OPTIONS, POLICY, START_MS
 from tests.support.proxy import FaultProxy
-from tests.support.servers import Server, available, start_server
-
-
-@pytest.fixture(scope="module", params=["valkey", "redis"])
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server without files."""
-    kind = str(request.param)
-    reason = available(kind)
-    if reason:
-        pytest.skip(reason)
-    with start_server(tmp_path_factory.mktemp(kind), kind) as running:
-        yield running
+from tests.support.servers import Server
 
 
 @pytest.fixture

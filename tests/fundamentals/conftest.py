@@ -13,7 +13,7 @@ from fakeredis import FakeAsyncRedis, FakeRedis
 
 from meterlib import AsyncMeter, AsyncReservation, LedgerEntry, LimitState, Meter, Policy, StoreOptions, Usage
 from meterlib.testing import Clock
-from tests.support.servers import Server, available, start_server
+from tests.support.servers import Server
 
 _prefixes = (f"fundamentals-{number}" for number in itertools.count())
 
@@ -28,13 +28,9 @@ def clock() -> Clock:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(valkey: Server) -> Server:
     """A real Valkey, shared by all tests, each under keys of its own."""
-    reason = available("valkey")
-    if reason:
-        pytest.skip(reason)
-    with start_server(tmp_path_factory.mktemp("valkey")) as running:
-        yield running
+    return valkey
 
 
 @pytest.fixture(

@@ -14,19 +14,9 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from tests.support.proxy import FaultProxy, RespFrames
-from tests.support.servers import Server, available, start_server, wait_until
+from tests.support.servers import Server, start_server, wait_until
 
 COUNT = "return redis.call('INCR', KEYS[1])"
-
-
-@pytest.fixture(scope="module", params=["valkey", "redis"])
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    kind = str(request.param)
-    reason = available(kind)
-    if reason:
-        pytest.skip(reason)
-    with start_server(tmp_path_factory.mktemp(kind), kind) as running:
-        yield running
 
 
 @pytest.fixture
