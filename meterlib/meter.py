@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Hashable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import cached_property
 from os import PathLike
@@ -13,7 +13,7 @@ from typing import Any, Literal, Self, TypeVar
 
 import structlog
 
-from meterlib.core.checks import check_count
+from meterlib.core.checks import LEASE_MS_MAX, check_attributes, check_count, check_tenant
 from meterlib.core.decisions import LimitState
 from meterlib.core.ledger import CallFacts, LedgerEntry, Quality, Settlement
 from meterlib.core.policy import Funding, Policy
@@ -25,6 +25,7 @@ from meterlib.store.connect import driver_for_client, driver_for_url
 from meterlib.store.drivers import Clock, StoreOptions
 from meterlib.store.flows import LEASE_MS, Context, Found, Granted, Swept
 from meterlib.store.journal import Journal
+from meterlib.waiting import AsyncQueues, SyncQueues
 
 T = TypeVar("T")
 log = structlog.get_logger("meterlib")
@@ -58,6 +59,7 @@ class _Meter:
         self._server = getattr(self._driver, "server", None)
         self._journal = Journal(journal) if journal is not None else None
         self._sweep_interval_ms = 0 if clock else sweep_interval_ms
+        self._queues: Any = SyncQueues(clock) if self._face == "sync" else AsyncQueues(clock)
         self._closed = False
 
     @classmethod
@@ -122,6 +124,17 @@ class _Meter:
 
     def _check_shard(self, shard: int) -> None:
         check_count(shard, "shard", self.shards - 1, least=0)
+
+    def _queue_of(self, tenant: str, attributes: Mapping[str, str]) -> Hashable:
+        """Whoever touches the same limits waits in the same queue."""
+        check_tenant(tenant)
+        check_attributes(attributes)
+        return tuple(bound.window_field for bound in self._context.compiled.limits_of(tenant, attributes))
+
+    def _ended(self, reservation: _Held) -> None:
+        """Whoever waits in this process for what it held asks at once."""
+        if self._queues:
+            self._queues.freed(self._queue_of(reservation.tenant, reservation.attributes))
 
     def _check_open(self) -> None:
         if self._closed:
@@ -261,12 +274,14 @@ class Reservation(_Held):
         """Replace the hold by what was really used, and book it; see `Meter.settle`."""
         entry = self._meter._settle(self._settlement(usage, quality, facts))
         self.ended = True
+        self._meter._ended(self)
         return entry
 
     def cancel(self) -> None:
         """Free the whole hold: nothing was sent to the provider; see `Meter.cancel`."""
         self._meter.cancel(self.tenant, self.id)
         self.ended = True
+        self._meter._ended(self)
 
 
 class Meter(_Meter):
@@ -291,6 +306,7 @@ class Meter(_Meter):
         reservation_id: str | None = None,
         lease_ms: int = LEASE_MS,
         funding: Funding | None = None,
+        max_wait_ms: int = 0,
     ) -> Reservation:
         """Hold an estimate on every limit that the call touches, or on none.
 
@@ -302,16 +318,25 @@ class Meter(_Meter):
                 call with the same id and payload gives the same reservation.
             lease_ms: how long it may stay unsettled before it expires; `renew` prolongs it.
             funding: who pays the provider; by default as the policy says of the tenant.
+            max_wait_ms: how long to wait rather than be denied. Those of this process that wait for the same limits are
+                served in the order in which they came; a denial that cannot pass in time is raised at once.
 
         Raises:
             QuotaExceeded: at least one limit denied; no counter was changed.
             ReservationConflict: the id is open with another payload.
             ReservationEnded: the id was settled or cancelled, or has expired.
         """
-        flow = flows.reserve(
-            self._context, tenant, _given(attributes, {}), _given(usage, Usage()), reservation_id, lease_ms, funding
-        )
-        return Reservation(self, self._run(flow))
+        check_count(max_wait_ms, "max_wait_ms", LEASE_MS_MAX, least=0)
+        attributes, usage = _given(attributes, {}), _given(usage, Usage())
+
+        def attempt() -> Reservation:
+            flow = flows.reserve(self._context, tenant, attributes, usage, reservation_id, lease_ms, funding)
+            return Reservation(self, self._run(flow))
+
+        if not max_wait_ms:
+            return attempt()
+        waited: Reservation = self._queues.take(self._queue_of(tenant, attributes), attempt, max_wait_ms)
+        return waited
 
     def revise(self, tenant: str, reservation_id: str, usage: Usage, *, revision: int = 0) -> None:
         """Hold `usage` in place of the estimate, as when the provider says how large the input really is.
@@ -576,12 +601,14 @@ class AsyncReservation(_Held):
         """Replace the hold by what was really used, and book it; see `Meter.settle`."""
         entry = await self._meter._settle(self._settlement(usage, quality, facts))
         self.ended = True
+        self._meter._ended(self)
         return entry
 
     async def cancel(self) -> None:
         """Free the whole hold: nothing was sent to the provider; see `Meter.cancel`."""
         await self._meter.cancel(self.tenant, self.id)
         self.ended = True
+        self._meter._ended(self)
 
 
 class AsyncMeter(_Meter):
@@ -602,18 +629,26 @@ class AsyncMeter(_Meter):
         reservation_id: str | None = None,
         lease_ms: int = LEASE_MS,
         funding: Funding | None = None,
+        max_wait_ms: int = 0,
     ) -> AsyncReservation:
         """Hold an estimate on every limit that the call touches, or on none; see `Meter.reserve`."""
+        check_count(max_wait_ms, "max_wait_ms", LEASE_MS_MAX, least=0)
+        attributes, usage = _given(attributes, {}), _given(usage, Usage())
         taken_id = flows.new_id() if reservation_id is None else reservation_id
-        flow = flows.reserve(
-            self._context, tenant, _given(attributes, {}), _given(usage, Usage()), taken_id, lease_ms, funding
-        )
-        try:
-            return AsyncReservation(self, await self._run(flow))
-        except asyncio.CancelledError:
-            if reservation_id is None:
-                self._take_back(tenant, taken_id)
-            raise
+
+        async def attempt() -> AsyncReservation:
+            flow = flows.reserve(self._context, tenant, attributes, usage, taken_id, lease_ms, funding)
+            try:
+                return AsyncReservation(self, await self._run(flow))
+            except asyncio.CancelledError:
+                if reservation_id is None:
+                    self._take_back(tenant, taken_id)
+                raise
+
+        if not max_wait_ms:
+            return await attempt()
+        waited: AsyncReservation = await self._queues.take(self._queue_of(tenant, attributes), attempt, max_wait_ms)
+        return waited
 
     def _take_back(self, tenant: str, reservation_id: str) -> None:
         """Nobody knows the id but us, so a hold that was made under it after all would stay until its lease ends."""

@@ -20,7 +20,8 @@ VERBS = sorted(path.stem for path in LUA.glob("*.lua"))
 MAY_IMPORT = {
     "core": {"core", "errors"},
     "store": {"core", "errors", "store"},
-    "meter": {"core", "errors", "store"},
+    "waiting": {"errors"},
+    "meter": {"core", "errors", "store", "waiting"},
     "testing": {"core", "errors", "meter"},
     "settings": {"core", "errors"},
     "config": {"core", "errors", "meter", "settings", "store"},
