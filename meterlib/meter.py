@@ -19,6 +19,7 @@ from meterlib.core.ledger import CallFacts, LedgerEntry, Quality, Settlement
 from meterlib.core.policy import Funding, Policy
 from meterlib.core.usage import Usage
 from meterlib.errors import InvalidInput, MeterError, StoreError, StoreRefused, StoreUnavailable, UsageError
+from meterlib.local import LocalLease
 from meterlib.store import flows
 from meterlib.store.commands import Flow, ShardHead
 from meterlib.store.connect import driver_for_client, driver_for_url
@@ -60,6 +61,7 @@ class _Meter:
         self._journal = Journal(journal) if journal is not None else None
         self._sweep_interval_ms = 0 if clock else sweep_interval_ms
         self._queues: Any = SyncQueues(clock) if self._face == "sync" else AsyncQueues(clock)
+        self._clock = clock
         self._closed = False
 
     @classmethod
@@ -664,6 +666,27 @@ class AsyncMeter(_Meter):
     async def revise(self, tenant: str, reservation_id: str, usage: Usage, *, revision: int = 0) -> None:
         """Hold `usage` in place of the estimate; see `Meter.revise`."""
         await self._run(flows.revise(self._context, tenant, reservation_id, usage, revision))
+
+    def local(self, tenant: str, attributes: Mapping[str, str] | None, slice_of: Usage) -> LocalLease:
+        """Admit calls in this process, out of slices of the quotas, without asking the store each time.
+
+        For extreme rates: about a microsecond a call. Never beyond a quota, but what this process holds and does not
+        use is denied to others for as long as a slice lasts; see `meterlib.local`.
+
+        Args:
+            tenant: whose calls they are.
+            attributes: other facts of the calls, the same for all.
+            slice_of: how much to take at a time, such as `Usage(requests=1000, input_tokens=200_000)`.
+
+        Raises:
+            InvalidInput: a limit applies that cannot be handed out in advance, such as one of concurrency.
+        """
+        given = dict(_given(attributes, {}))
+        check_tenant(tenant)
+        check_attributes(given)
+        return LocalLease(
+            self, tenant, given, slice_of, lambda: self._context.compiled.limits_of(tenant, given), self._clock
+        )
 
     async def renew(self, tenant: str, reservation_id: str, lease_ms: int = LEASE_MS, *, revision: int = 0) -> int:
         """Prolong a lease to `lease_ms` from now; see `Meter.renew`."""

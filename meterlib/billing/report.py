@@ -41,6 +41,7 @@ COLUMNS = (
 """What every row has, in this order; amounts of units of one's own follow as `amounts.<unit>`."""
 
 _PLACES = {
+    "requests": "calls",
     "input_tokens": "input_tokens",
     "cache_creation_input_tokens": "cache_creation_input_tokens",
     "cache_creation.ephemeral_5m_input_tokens": "ephemeral_5m_input_tokens",
@@ -237,7 +238,7 @@ def _counted(entry: LedgerEntry) -> tuple[str, ...]:
     """The columns that an entry adds one to."""
     if entry.kind in ("expired", "cancelled", "adjusted"):
         return (entry.kind,)
-    columns = ["calls"]
+    columns = [] if "requests" in entry.usage else ["calls"]  # an entry may stand for many, and says so itself
     if entry.kind == "late":
         columns.append("late")
     if entry.quality == "partial":

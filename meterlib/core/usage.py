@@ -74,6 +74,7 @@ class Usage(_Counts, frozen=True, kw_only=True, omit_defaults=True):
 
     `input_tokens`, `cache_creation_input_tokens` and `cache_read_input_tokens` are disjoint; the prompt is their sum.
     `amounts` holds whole numbers of any other unit that a limit counts, such as `{"cost_nanousd": 1_250_000}`.
+    `requests` is told only where one usage stands for several calls, or for none; otherwise it is one.
 
     Raises:
         InvalidInput: a number is negative, not an integer, or 2^53 and more.
@@ -90,6 +91,7 @@ class Usage(_Counts, frozen=True, kw_only=True, omit_defaults=True):
     speed: str | None = None
     inference_geo: str | None = None
     iterations: tuple[Iteration, ...] = ()
+    requests: int | None = None
     amounts: dict[str, int] = {}
 
     def __post_init__(self) -> None:
@@ -131,7 +133,7 @@ class Usage(_Counts, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def _requests(usage: Usage) -> int:
-    return 1
+    return 1 if usage.requests is None else usage.requests
 
 
 def _input_tokens(usage: Usage) -> int | None:

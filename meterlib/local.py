@@ -1,0 +1,188 @@
+"""A slice of the quotas in this process: calls are admitted out of it without asking the store, in about a microsecond.
+
+A slice is an ordinary reservation of many calls at once. It is used up by local admissions, and settled with what was
+admitted: the limits then count just that, and the rest is free again. So nothing is ever admitted beyond a quota.
+
+What is admitted must count as long as the window says, and the slice's hold stands in one sub-window. Therefore a
+slice is good only until that sub-window is over (a 60th of the window; for calendar periods, a minute at most). What a
+process holds and does not use is denied to others for so long, which is all that may be under-admitted: when less than
+a slice is left of a quota, calls are asked for one by one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol, Self
+
+import structlog
+
+from meterlib.core.periods import period_at
+from meterlib.core.policy import BoundLimit
+from meterlib.core.usage import Usage
+from meterlib.errors import InvalidInput, MeterError, QuotaExceeded
+
+if TYPE_CHECKING:
+    from meterlib.meter import AsyncMeter, AsyncReservation
+
+log = structlog.get_logger("meterlib")
+SLICE_MS_MAX = 60_000
+"""A process that dies with a slice keeps it from others until its lease ends, so even a month's slice is short."""
+
+LEASE_MS = 3 * SLICE_MS_MAX
+SUB_WINDOW_MS_MIN = 100
+UNITS = ("requests", "input_tokens", "output_tokens", "total_tokens")
+
+
+class Clock(Protocol):
+    """A test's clock."""
+
+    @property
+    def now_ms(self) -> int:
+        """Ms since 1970 UTC."""
+
+
+class LocalLease:
+    """Admits calls of one tenant with the same attributes, out of slices of at most `slice_of`.
+
+    For one event loop. An async context manager: leaving it gives back what was not used, and books what was.
+
+    Attributes:
+        slice_of: how much is taken from the limits at a time; its `requests` are how many calls.
+    """
+
+    def __init__(
+        self,
+        meter: AsyncMeter,
+        tenant: str,
+        attributes: Mapping[str, str],
+        slice_of: Usage,
+        limits: Callable[[], Sequence[BoundLimit]],
+        clock: Clock | None,
+    ) -> None:
+        if not slice_of.requests:
+            raise InvalidInput("slice_of", "must say of how many calls a slice is: Usage(requests=1000, …)")
+        self.slice_of = slice_of
+        self._meter = meter
+        self._tenant = tenant
+        self._attributes = dict(attributes)
+        self._limits = limits
+        self._clock = clock
+        self._good_for_ms(0)
+        self._held: AsyncReservation | None = None
+        self._size = slice_of
+        self._requests = self._input_tokens = self._output_tokens = 0
+        self._until = 0.0
+        self._refilling: asyncio.Task[None] | None = None
+
+    def take(self, input_tokens: int = 0, output_tokens: int = 0) -> bool:
+        """Admit one call that uses so much, if the slice has room for it; asks nobody."""
+        requests = self._requests
+        left_in, left_out = self._input_tokens - input_tokens, self._output_tokens - output_tokens
+        if requests < 1 or left_in < 0 or left_out < 0 or self._now() >= self._until:
+            return False
+        self._requests, self._input_tokens, self._output_tokens = requests - 1, left_in, left_out
+        return True
+
+    async def admit(self, input_tokens: int = 0, output_tokens: int = 0) -> None:
+        """Admit one call, out of the next slice if this one has no room for it.
+
+        Raises:
+            QuotaExceeded: the store has no slice left to give; see `Meter.reserve`.
+            InvalidInput: the call asks for more than a whole slice.
+        """
+        if input_tokens > (self.slice_of.input_tokens or 0) or output_tokens > (self.slice_of.output_tokens or 0):
+            raise InvalidInput("input_tokens", "the call uses more than a slice has; make slices larger")
+        while not self.take(input_tokens, output_tokens):
+            if self._refilling is None:
+                alone = Usage(requests=1, input_tokens=input_tokens, output_tokens=output_tokens)
+                self._refilling = asyncio.ensure_future(self._refill(alone))
+                self._refilling.add_done_callback(self._refilled)
+            await asyncio.shield(self._refilling)
+
+    async def aclose(self) -> None:
+        """Give back what was not used; what was is booked."""
+        if self._refilling:
+            await asyncio.wait([self._refilling])
+        await self._give_back()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def _refill(self, alone: Usage) -> None:
+        """Take a whole slice; where that is denied, as much as one call needs."""
+        await self._give_back()
+        try:
+            await self._take_slice(self.slice_of)
+        except QuotaExceeded:
+            await self._take_slice(alone)
+
+    async def _take_slice(self, size: Usage) -> None:
+        asked = self._now()
+        self._held = await self._meter.reserve(self._tenant, self._attributes, size, lease_ms=LEASE_MS)
+        # When we asked, the store's time was no later than `reserved_at_ms`; so the slice is over no earlier than this.
+        good_for_ms = self._good_for_ms(self._held.reserved_at_ms)
+        self._until = asked + good_for_ms
+        if not self._clock:
+            asyncio.get_running_loop().call_later(good_for_ms / 1000, self._over, self._held)
+        self._size = size
+        self._requests, self._input_tokens = size.requests or 0, size.input_tokens or 0
+        self._output_tokens = size.output_tokens or 0
+
+    def _good_for_ms(self, reserved_at_ms: int) -> int:
+        """How long the hold stands where a call made now would be counted."""
+        ends = [reserved_at_ms + SLICE_MS_MAX]
+        for bound in self._limits():
+            if bound.limit.open or bound.unit not in UNITS:
+                problem = f"the limit {bound.name!r} counts {'concurrency' if bound.limit.open else bound.unit}"
+                raise InvalidInput("attributes", f"{problem}, which cannot be handed out in advance")
+            if bound.limit.period:
+                ends.append(period_at(bound.limit.period, bound.limit.tz, reserved_at_ms).end_ms)
+            elif bound.sub_window_ms < SUB_WINDOW_MS_MIN:
+                problem = (
+                    f"the limit {bound.name!r} forgets every {bound.sub_window_ms} ms, and a slice lasts no longer"
+                )
+                raise InvalidInput("attributes", f"{problem}; give it fewer sub_windows, or ask the store each time")
+            else:
+                ends.append((reserved_at_ms // bound.sub_window_ms + 1) * bound.sub_window_ms)
+        return min(ends) - reserved_at_ms
+
+    async def _give_back(self) -> None:
+        """The slice is over: its hold gives way to what was admitted out of it."""
+        held, self._held, self._until = self._held, None, 0.0
+        if held is None:
+            return
+        used = Usage(
+            requests=(self._size.requests or 0) - self._requests,
+            input_tokens=(self._size.input_tokens or 0) - self._input_tokens,
+            output_tokens=(self._size.output_tokens or 0) - self._output_tokens,
+        )
+        self._requests = 0
+        try:
+            if used.requests:
+                await held.settle(used)
+            else:
+                await held.cancel()
+        except MeterError as error:
+            log.error("slice.not_given_back", tenant=self._tenant, reservation_id=held.id, error=str(error))
+
+    def _over(self, held: AsyncReservation) -> None:
+        """Nobody needed the next slice yet: what is left of this one is kept from others no longer."""
+        if self._held is held and self._refilling is None:
+            self._refilling = asyncio.ensure_future(self._give_back())
+            self._refilling.add_done_callback(self._refilled)
+
+    def _refilled(self, task: asyncio.Task[None]) -> None:
+        self._refilling = None
+        if not task.cancelled():
+            task.exception()  # whoever waits for it is told
+
+    def _now(self) -> float:
+        return self._clock.now_ms if self._clock else time.monotonic() * 1000

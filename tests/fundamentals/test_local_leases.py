@@ -1,0 +1,193 @@
+"""Slices of a quota, handed out in a process: never more than the quota, whatever the processes do."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meterlib import AsyncMeter, InvalidInput, LedgerEntry, Limit, Policy, QuotaExceeded, StoreOptions, Usage
+from meterlib.testing import Clock
+
+WINDOW_MS = 6_000
+QUOTA = 100
+POLICY = Policy(
+    limits=[
+        Limit(name="requests", quota=QUOTA, window="6s"),
+        Limit(name="input_tokens", unit="input_tokens", quota=10 * QUOTA, window="6s"),
+    ]
+)
+ONE_SHARD = StoreOptions(shards=1)
+SLICE = Usage(requests=20, input_tokens=150)
+
+
+def run(use: Any, policy: Policy = POLICY) -> Any:
+    async def main() -> Any:
+        clock = Clock()
+        async with AsyncMeter.connect("memory://", policy, clock=clock, options=ONE_SHARD) as meter:
+            async with asyncio.timeout(20):
+                return await use(meter, clock)
+
+    return asyncio.run(main())
+
+
+async def ledger_of(meter: AsyncMeter) -> list[LedgerEntry]:
+    return [entry async for entry in meter.ledger(0)]
+
+
+def test_a_slice_is_used_up_and_booked_as_what_was_admitted() -> None:
+    """The limits count what was admitted, and one entry stands for all of it."""
+
+    async def use(meter: AsyncMeter, clock: Clock) -> None:
+        async with meter.local("acme", None, SLICE) as lease:
+            for _ in range(7):
+                await lease.admit(input_tokens=5)
+            assert [20, 150] == [state.used for state in await meter.peek("acme")]
+
+        assert [7, 35] == [state.used for state in await meter.peek("acme")]
+        (entry,) = await ledger_of(meter)
+        assert {"requests": 7, "input_tokens": 35, "output_tokens": 0} == entry.usage
+
+    run(use)
+
+
+def test_nothing_used_is_nothing_booked() -> None:
+    """A slice that was not needed is as if it had never been taken."""
+
+    async def use(meter: AsyncMeter, clock: Clock) -> None:
+        async with meter.local("acme", None, SLICE) as lease:
+            with pytest.raises(InvalidInput, match="larger"):
+                await lease.admit(input_tokens=151)
+            await lease.admit(input_tokens=150)
+            clock.advance(ms=100)
+            assert not lease.take()
+        assert [1, 150] == [state.used for state in await meter.peek("acme")]
+
+    run(use)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2), st.sampled_from([0, 0, 0, 1, 40, 99, 100, 500, 5_900]), st.integers(0, 40)),
+        max_size=250,
+    )
+)
+def test_processes_together_never_admit_beyond_a_quota(steps: list[tuple[int, int, int]]) -> None:
+    """In no span of a window's length, of whatever slices, clocks and sizes."""
+
+    async def use(meter: AsyncMeter, clock: Clock) -> None:
+        leases = [meter.local("acme", None, SLICE), meter.local("acme", None, Usage(requests=90, input_tokens=900))]
+        admitted: list[tuple[int, int]] = []
+        for which, passed_ms, tokens in steps:
+            clock.advance(ms=passed_ms)
+            try:
+                if which < 2:
+                    await leases[which].admit(input_tokens=tokens)
+                else:
+                    await (await meter.reserve("acme", {}, Usage(input_tokens=tokens))).settle(
+                        Usage(input_tokens=tokens)
+                    )
+            except QuotaExceeded:
+                continue
+            admitted.append((clock.now_ms, tokens))
+        for lease in leases:
+            await lease.aclose()
+        for end_ms, _ in admitted:
+            within = [tokens for at_ms, tokens in admitted if end_ms - WINDOW_MS < at_ms <= end_ms]
+            assert len(within) <= QUOTA
+            assert sum(within) <= 10 * QUOTA
+        booked = [entry.usage for entry in await ledger_of(meter)]
+        assert len(admitted) == sum(int(str(usage.get("requests", 1))) for usage in booked)
+        assert sum(tokens for _, tokens in admitted) == sum(int(str(usage["input_tokens"])) for usage in booked)
+
+    run(use)
+
+
+def test_a_slice_is_over_with_its_sub_window() -> None:
+    """What would count for less than a window is not admitted out of it."""
+
+    async def use(meter: AsyncMeter, clock: Clock) -> None:
+        lease = meter.local("acme", None, SLICE)
+        clock.set(1_790_000_000_000 + 60)
+        await lease.admit()
+        clock.advance(ms=39)
+        assert lease.take()
+        clock.advance(ms=1)
+        assert not lease.take()
+        await lease.aclose()
+
+    run(use)
+
+
+def test_a_slice_that_nobody_needs_any_more_is_given_back_by_itself() -> None:
+    """A process that falls silent keeps nothing from the others."""
+
+    async def main() -> None:
+        policy = Policy(limits=[Limit(name="requests", quota=1000, window="6s")])
+        async with AsyncMeter.connect("memory://", policy, options=ONE_SHARD) as meter, asyncio.timeout(20):
+            lease = meter.local("acme", None, SLICE)
+            await lease.admit()
+            while (await meter.peek("acme"))[0].used == 20:
+                await asyncio.sleep(0.005)
+            assert 1 == (await meter.peek("acme"))[0].used
+            await lease.aclose()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("limit", "problem"),
+    [
+        (Limit(name="open", quota=5, open=True), "concurrency"),
+        (Limit(name="few", quota=5, window="1m"), "sub_windows"),
+        (Limit(name="budget", quota=5, unit="cost_nanousd", period="day"), "cost_nanousd"),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_limits_that_cannot_be_handed_out_are_refused_at_once(limit: Limit, problem: str) -> None:
+    """An engineer learns it when writing the code, not under load."""
+
+    async def use(meter: AsyncMeter, clock: Clock) -> None:
+        with pytest.raises(InvalidInput, match=problem):
+            meter.local("acme", {}, SLICE)
+
+    run(use, Policy(limits=[limit]))
+
+
+def test_a_slice_must_say_of_how_many_calls_it_is() -> None:
+    """One call at a time would be no slice."""
+
+    async def use(meter: AsyncMeter, clock: Clock) -> None:
+        with pytest.raises(InvalidInput, match="requests"):
+            meter.local("acme", {}, Usage(input_tokens=1000))
+
+    run(use)
+
+
+def test_what_is_left_below_a_slice_is_admitted_call_by_call() -> None:
+    """The end of a quota is not lost because slices are larger."""
+
+    async def use(meter: AsyncMeter, clock: Clock) -> None:
+        async with meter.local("acme", None, Usage(requests=30, input_tokens=300)) as lease:
+            for _ in range(QUOTA):
+                await lease.admit(input_tokens=1)
+            with pytest.raises(QuotaExceeded):
+                await lease.admit(input_tokens=1)
+
+    run(use)
+
+
+def test_many_tasks_share_a_slice_and_one_refill() -> None:
+    """A thousand tasks that find the slice empty ask the store once, not a thousand times."""
+
+    async def use(meter: AsyncMeter, clock: Clock) -> None:
+        async with meter.local("acme", None, Usage(requests=100, input_tokens=1000)) as lease:
+            await asyncio.gather(*(lease.admit(input_tokens=1) for _ in range(100)))
+            with pytest.raises(QuotaExceeded):
+                await lease.admit()
+        assert 1 == len(await ledger_of(meter))
+
+    run(use)
