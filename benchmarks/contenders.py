@@ -21,7 +21,7 @@ from redis.exceptions import MaxConnectionsError
 
 from benchmarks.measure import Contender, WrongDecisionError, all_at_once
 from meterlib import AsyncMeter, Limit, Meter, Policy, QuotaExceeded, Tenant, Usage
-from meterlib.core.operations import Operation
+from meterlib.core.operations import Operation, packed
 from meterlib.store.commands import Call
 from meterlib.store.drivers import StoreOptions, SyncDriver
 from meterlib.store.flows import Context, reserve
@@ -334,8 +334,8 @@ class Lineup:
     def _reserve_words(self) -> list[Any]:
         """What a reserve sends behind its script's name."""
         context = Context(policy_of(AMPLE), StoreOptions(), None, "deny")
-        operation = reserve_operation(context, "acme")
-        return [4, *NO_OP_KEYS, "1/16", 0, 2, 24 * 3_600_000, *operation.arguments()]
+        call = packed(("2/16", 0, 2, 24 * 3_600_000))
+        return [4, *NO_OP_KEYS, call, reserve_operation(context, "acme").packed()]
 
 
 TRIALS = (  # quotas, the tokens of the calls that follow each other, and which of them have to pass

@@ -7,43 +7,47 @@
 
 -- @include shard
 -- @include window
--- @include ledger
+-- @include limit
 -- @include reservation
+-- @include ledger
 -- @include expire
 
-local fields = {'head', 'pending'}
-for operation = OPERATIONS, #ARGV - 1 do
-  local field = ARGV[operation + 1]  -- str   the field of the reservation's record
-  fields[#fields + 1] = field
-end
-local failure, following = open(fields), nil
-if failure then return failure end
-sweep(sweep_max)
-local replies = {}
-for position = 1, #fields - 2 do
-  local field = fields[position + 2]
-  local reservation, past = reservation_at(field)
-  if past and past.kind ~= 'cancelled' then
-    replies[position] = {'ended', now_ms, past.kind}
-  elseif past then
-    replies[position] = {'repeated', now_ms, tonumber(past.number), tonumber(past.reserved_at),
-      tonumber(past.booked_at)}
-  elseif not reservation then
-    finish(field, ended_record_of('cancelled', '0', '0', ''))
-    replies[position] = {'cancelled', now_ms, 0, 0, now_ms}
-  else
-    for _, hold in ipairs(reservation.holds) do
-      charge(window_at(hold.window, hold.span_ms), hold.hold_time, 0, -hold.amount)
-      hold.amount = 0
-    end
-    local entry_number = append('cancelled', '', id_of(field), reservation.reserved_at, reservation.call_facts,
-      reservation.estimate, '', '')
-    finish(field, ended_record_of('cancelled', entry_number, reservation.reserved_at, '', reservation))
-    replies[position] = {'cancelled', now_ms, number, tonumber(reservation.reserved_at), now_ms}
+local OPERATION = '>s'
+--   field        str   the field of the reservation's record
+
+local function free_holds(reservation)
+  local at, window, _, held, hold_ms = reservation.holds_at, nil, nil, nil, nil
+  for _ = 1, reservation.hold_count do
+    at, window, _, held, hold_ms = hold_of(reservation, at)
+    charge(window, hold_ms, 0, -held)
   end
 end
-write_windows()
-following, failure = follow()
-if failure then return failure end
-commit(following)
-return replies
+
+for position = 2, #ARGV do
+  fields[position + 1] = from_bytes(OPERATION, ARGV[position])
+end
+local writes, following = true, nil
+-- @include open
+-- @include overdue
+for position = 2, #ARGV do
+  local field = fields[position + 1]
+  local reservation, past = reservation_at(field)
+  local reply
+  if past and past.kind ~= 'cancelled' then
+    reply = to_bytes('>ssds', 'sds', 'ended', now_ms, past.kind)
+  elseif past then
+    reply = to_bytes('>ssdddd', 'sd*', 'repeated', now_ms, past.number, past.reserved_at, past.booked_at)
+  elseif not reservation then
+    finish(field, ended_record_of('cancelled', 0, 0, ''))
+    reply = to_bytes('>ssdddd', 'sd*', 'cancelled', now_ms, 0, 0, now_ms)
+  else
+    free_holds(reservation)
+    append('cancelled', '', id_of(field), reservation.reserved_at, reservation.call_facts, reservation.estimate, '', '')
+    finish(field, ended_record_of('cancelled', number, reservation.reserved_at, '', reservation))
+    reply = to_bytes('>ssdddd', 'sd*', 'cancelled', now_ms, number, reservation.reserved_at, now_ms)
+  end
+  replies[position - 1] = reply
+end
+-- @include books
+-- @include commit
+-- @include answer

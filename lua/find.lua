@@ -6,28 +6,30 @@
 -- flags: no-writes
 
 -- @include shard
+-- @include limit
 -- @include reservation
 
-local fields = {'head', 'pending'}
-for operation = OPERATIONS, #ARGV - 1 do
-  local field = ARGV[operation + 1]  -- str   the field of the reservation's record
-  fields[#fields + 1] = field
+local OPERATION = '>s'
+--   field        str   the field of the reservation's record
+
+for position = 2, #ARGV do
+  fields[position + 1] = from_bytes(OPERATION, ARGV[position])
 end
-local failure = open(fields, true)
-if failure then return failure end
-local replies = {}
-for position = 1, #fields - 2 do
-  local record = read(fields[position + 2])
+local writes = false
+-- @include open
+for position = 2, #ARGV do
+  local record = state[fields[position + 1]]
   local past = record and end_of(record)
+  local reply
   if not record then
-    replies[position] = {'absent', now_ms}
+    reply = to_bytes('>ssd', 'sd', 'absent', now_ms)
   elseif past then
-    replies[position] = {past.kind, now_ms, tonumber(past.number), tonumber(past.reserved_at), tonumber(past.booked_at)}
+    reply = to_bytes('>ssdddd', 'sd*', past.kind, now_ms, past.number, past.reserved_at, past.booked_at)
   else
     local reservation = reservation_of(record)
-    local expires_at = tonumber(reservation.expires_at)
-    replies[position] = {expires_at > now_ms and 'open' or 'expired', now_ms, tonumber(reservation.reserved_at),
-      expires_at, reservation.call_facts, reservation.estimate}
+    reply = to_bytes('>ssdddss', 'sdddss', reservation.expires_at > now_ms and 'open' or 'expired', now_ms,
+      reservation.reserved_at, reservation.expires_at, reservation.call_facts, reservation.estimate)
   end
+  replies[position - 1] = reply
 end
-return replies
+-- @include answer

@@ -6,30 +6,38 @@
 -- @include shard
 -- @include window
 
-local operations, fields, at = {}, {'head', 'pending'}, OPERATIONS
-while at < #ARGV do
-  local limit_count  = tonumber(ARGV[at + 1])  -- int   how many limits follow
-  operations[#operations + 1] = at
-  for limit = at + 1, at - 3 + 4 * limit_count, 4 do fields[#fields + 1] = ARGV[limit + 1] end
-  at = at + 1 + 4 * limit_count
-end
-operations[#operations + 1] = at
-local failure = open(fields, true)
-if failure then return failure end
-local replies = {}
-for position = 1, #operations - 1 do
-  local reply = {'peeked', now_ms}
-  for limit = operations[position] + 1, operations[position + 1] - 4, 4 do
-    local window_field    = ARGV[limit + 1]            -- str   the field of its window
-    local span_ms         = tonumber(ARGV[limit + 2])  -- ms    length of a sliding window; else 0
-    local period_start_ms = tonumber(ARGV[limit + 3])  -- ms    first moment of a calendar period; else 0
-    local period_end_ms   = tonumber(ARGV[limit + 4])  -- ms    first moment behind it; else 0
+local OPERATION = '>d'                  -- then so many limits
+--   limit_count      int   how many limits follow
+
+local LIMIT = '>sddd'
+--   window_field     str   the field of its window
+--   span_ms          ms    length of a sliding window; else 0
+--   period_start_ms  ms    first moment of a calendar period; else 0
+--   period_end_ms    ms    first moment behind it; else 0
+
+local function peek(operation)
+  local reply = to_bytes('>ssd', 'sd*', 'peeked', now_ms)
+  local limit_count, at = from_bytes(OPERATION, operation)
+  for _ = 1, limit_count do
+    local window_field, span_ms, period_start_ms, period_end_ms, next_at = from_bytes(LIMIT, operation, at)
     if period_end_ms > 0 and (now_ms < period_start_ms or now_ms >= period_end_ms) then
-      reply = {'stale_period', now_ms}
-      break
+      return to_bytes('>ssd', 'sd', 'stale_period', now_ms)
     end
-    describe(window_at(window_field, span_ms), reply)
+    reply, at = reply .. describe(window_at(window_field, span_ms)), next_at
   end
-  replies[position] = reply
+  return reply
 end
-return replies
+
+for position = 2, #ARGV do
+  local limit_count, at = from_bytes(OPERATION, ARGV[position])
+  for _ = 1, limit_count do
+    local window_field, _, _, _, next_at = from_bytes(LIMIT, ARGV[position], at)
+    fields[#fields + 1], at = window_field, next_at
+  end
+end
+local writes = false
+-- @include open
+for position = 2, #ARGV do
+  replies[position - 1] = peek(ARGV[position])
+end
+-- @include answer

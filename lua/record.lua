@@ -9,49 +9,48 @@
 -- @include shard
 -- @include window
 -- @include limit
--- @include charge_now
--- @include ledger
 -- @include reservation
+-- @include ledger
 -- @include expire
 
-local operations, fields, at = {}, {'head', 'pending'}, OPERATIONS
-while at < #ARGV do
-  operations[#operations + 1] = at
-  fields[#fields + 1] = ARGV[at + 1]
-  at = at + 6 + 10 * ARGV[at + 6]
+local OPERATION = '>sssssd'             -- then so many limits
+--   field        str   the field that remembers the id
+--   kind         str   recorded or adjusted
+--   digest       hex   of the payload: the same id with another one is a conflict
+--   call_facts   json  tenant, attributes, funding; nobody looks inside here
+--   outcome      json  usage and its quality; likewise
+--   limit_count  int   how many limits follow
+
+for position = 2, #ARGV do
+  fields[position + 1] = from_bytes('>s', ARGV[position])
 end
-operations[#operations + 1] = at
-local failure, following = open(fields), nil
-if failure then return failure end
-sweep(sweep_max)
-local replies = {}
-for position = 1, #operations - 1 do
-  local operation   = operations[position]
-  local field       = ARGV[operation + 1]  -- str   the field that remembers the id
-  local kind        = ARGV[operation + 2]  -- str   recorded or adjusted
-  local digest      = ARGV[operation + 3]  -- hex   of the payload: the same id with another one is a conflict
-  local call_facts  = ARGV[operation + 4]  -- json  tenant, attributes, funding; nobody looks inside here
-  local outcome     = ARGV[operation + 5]  -- json  usage and its quality; likewise
-  local limit_count = ARGV[operation + 6]  -- int   how many limits follow
-  local first_limit, last_limit = operation + 6, operations[position + 1] - 10
+local writes, following = true, nil
+-- @include open
+-- @include overdue
+for position = 2, #ARGV do
+  local operation = ARGV[position]
+  local field, kind, digest, call_facts, outcome, limit_count, at = from_bytes(OPERATION, operation)
   local reservation, past = reservation_at(field)
+  local reply
   if reservation then
-    replies[position] = {'open', now_ms}
+    reply = to_bytes('>ssd', 'sd', 'open', now_ms)
   elseif past and past.digest == digest then
-    replies[position] = {'repeated', now_ms, past.kind, tonumber(past.number), 0, tonumber(past.booked_at)}
+    reply = to_bytes('>ssdsddd', 'sdsddd', 'repeated', now_ms, past.kind, past.number, 0, past.booked_at)
   elseif past then
-    replies[position] = {'conflict', now_ms, past.kind, entry_at(past.number).outcome or ''}
-  elseif stale(first_limit, last_limit) then
-    replies[position] = {'stale_period', now_ms}
+    -- @include entry
+    reply = to_bytes('>ssdss', 'sdss', 'conflict', now_ms, past.kind, entry.outcome or '')
   else
-    charge_now(first_limit, last_limit)
-    local entry_number = append(kind, '', id_of(field), '0', call_facts, '', outcome, digest)
-    finish(field, ended_record_of(kind, entry_number, '0', digest))
-    replies[position] = {'recorded', now_ms, kind, number, 0, now_ms}
+    -- @include charge_now
+    if stale then
+      reply = to_bytes('>ssd', 'sd', 'stale_period', now_ms)
+    else
+      append(kind, '', id_of(field), 0, call_facts, '', outcome, digest)
+      finish(field, ended_record_of(kind, number, 0, digest))
+      reply = to_bytes('>ssdsddd', 'sdsddd', 'recorded', now_ms, kind, number, 0, now_ms)
+    end
   end
+  replies[position - 1] = reply
 end
-write_windows()
-following, failure = follow()
-if failure then return failure end
-commit(following)
-return replies
+-- @include books
+-- @include commit
+-- @include answer

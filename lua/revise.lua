@@ -8,84 +8,91 @@
 
 -- @include shard
 -- @include window
--- @include ledger
+-- @include limit
 -- @include reservation
+-- @include ledger
 -- @include expire
 
+local OPERATION = '>sdddsd'             -- then so many units
+--   field        str   the field of the reservation's record
+--   revision     int   the caller's number of this revision; 0: the next
+--   lease_ms     ms    prolongs the lease to so much from now; 0: leaves it
+--   longest_ms   ms    how long a reservation may stay open altogether
+--   estimate     json  the usage expected now; empty: as before
+--   unit_count   int   how many units follow, with what is expected of each
+
+local UNIT = '>sd'
+--   unit         str   what is counted
+--   amount       int   how much of it is expected
+
 -- Holds of the units told are held at their new amount, in the place of the old one.
-local function hold_instead(holds, amounts)
-  for _, hold in ipairs(holds) do
-    local amount = amounts[hold.unit]
+local function hold_instead(reservation, amounts)
+  local at, next_at, window, unit, held, hold_ms = reservation.holds_at, nil, nil, nil, nil, nil
+  for _ = 1, reservation.hold_count do
+    next_at, window, unit, held, hold_ms = hold_of(reservation, at)
+    local amount = amounts[unit]
     if amount then
-      charge(window_at(hold.window, hold.span_ms), hold.hold_time, 0, amount - hold.amount)
-      hold.amount = amount
+      local record, amount_at = reservation.record, at + 8 + #window.field + 1 + #unit + 1
+      charge(window, hold_ms, 0, amount - held)
+      reservation.record = sub(record, 1, amount_at - 1) .. to_bytes('>d', amount) .. sub(record, amount_at + 8)
     end
+    at = next_at
   end
 end
 
 -- A lease only ever gets longer. Holds that stand at its end move along.
 local function prolong(reservation, expires_at)
-  for _, hold in ipairs(reservation.holds) do
-    if hold.hold_time ~= hold.settle_time then
-      local window = window_at(hold.window, hold.span_ms)
-      charge(window, hold.hold_time, 0, -hold.amount)
-      if hold.settle_time ~= '0' and hold.settle_time < expires_at then
-        hold.hold_time = hold.settle_time
-      else
-        hold.hold_time = expires_at
-      end
-      charge(window, hold.hold_time, 0, hold.amount)
+  local at, window, _, held, hold_ms, settle_ms = reservation.holds_at, nil, nil, nil, nil, nil
+  for _ = 1, reservation.hold_count do
+    at, window, _, held, hold_ms, settle_ms = hold_of(reservation, at)
+    if hold_ms ~= settle_ms then
+      charge(window, hold_ms, 0, -held)
+      charge(window, settle_ms > 0 and math.min(expires_at, settle_ms) or expires_at, 0, held)
     end
   end
   reservation.expires_at = expires_at
 end
 
-local operations, fields, at = {}, {'head', 'pending'}, OPERATIONS
-while at < #ARGV do
-  operations[#operations + 1] = at
-  fields[#fields + 1] = ARGV[at + 1]
-  at = at + 6 + 2 * ARGV[at + 6]
+for position = 2, #ARGV do
+  fields[position + 1] = from_bytes('>s', ARGV[position])
 end
-local failure, following = open(fields), nil
-if failure then return failure end
-sweep(sweep_max)
-local replies = {}
-for position, operation in ipairs(operations) do
-  local field        = ARGV[operation + 1]            -- str   the field of the reservation's record
-  local revision     = tonumber(ARGV[operation + 2])  -- int   the caller's number of this revision; 0: the next
-  local lease_ms     = tonumber(ARGV[operation + 3])  -- ms    prolongs the lease to so much from now; 0: leaves it
-  local longest_ms   = tonumber(ARGV[operation + 4])  -- ms    how long a reservation may stay open altogether
-  local estimate     = ARGV[operation + 5]            -- json  the usage expected now; empty: as before
-  local unit_count   = tonumber(ARGV[operation + 6])  -- int   how many units follow, with what is expected of each
+local writes, following = true, nil
+-- @include open
+-- @include overdue
+for position = 2, #ARGV do
+  local operation = ARGV[position]
+  local field, revision, lease_ms, longest_ms, estimate, unit_count, at = from_bytes(OPERATION, operation)
   local amounts = {}
-  for unit = operation + 6, operation + 4 + 2 * unit_count, 2 do
-    amounts[ARGV[unit + 1]] = tonumber(ARGV[unit + 2])
+  for _ = 1, unit_count do
+    local unit, amount, next_at = from_bytes(UNIT, operation, at)
+    amounts[unit], at = amount, next_at
   end
   local reservation, past = reservation_at(field)
+  local reply
   if past then
-    replies[position] = {'ended', now_ms, past.kind}
+    reply = to_bytes('>ssds', 'sds', 'ended', now_ms, past.kind)
   elseif not reservation then
-    replies[position] = {'absent', now_ms}
+    reply = to_bytes('>ssd', 'sd', 'absent', now_ms)
   else
     local status = 'repeated'
     if revision == 0 or revision > reservation.revision then
       status = 'revised'
       reservation.revision = revision == 0 and reservation.revision + 1 or revision
-      hold_instead(reservation.holds, amounts)
+      hold_instead(reservation, amounts)
       if estimate ~= '' then reservation.estimate = estimate end
-      local expires_at = format('%013d', math.min(now_ms + lease_ms, reservation.reserved_at + longest_ms))
+      local expires_at = math.min(now_ms + lease_ms, reservation.reserved_at + longest_ms)
       if lease_ms > 0 and expires_at > reservation.expires_at then
         prolong(reservation, expires_at)
-        leases[#leases + 1], leases[#leases + 2] = expires_at, field
+        lease(field, expires_at)
       end
-      write(field, record_of(reservation))
+      local revised = record_of(reservation)
+      state[field], words[#words + 1], words[#words + 2] = revised, field, revised
     end
-    replies[position] = {status, now_ms, tonumber(reservation.reserved_at), tonumber(reservation.expires_at),
-      reservation.revision}
+    reply = to_bytes('>ssdddd', 'sd*', status, now_ms, reservation.reserved_at, reservation.expires_at,
+      reservation.revision)
   end
+  replies[position - 1] = reply
 end
-write_windows()
-following, failure = follow()
-if failure then return failure end
-commit(following)
-return replies
+-- @include books
+-- @include commit
+-- @include answer

@@ -104,6 +104,27 @@ def test_every_script_is_called_by_the_names_in_its_header(verb: str) -> None:
 
 
 @pytest.mark.parametrize("verb", VERBS)
+def test_every_value_that_a_script_takes_is_named_in_its_header(verb: str) -> None:
+    """Values come packed, one behind the other: a name out of place would be another value."""
+    text = scripts.expand(verb)
+    wrong = [
+        re.sub(rf"^(local|--  ) {name} ", r"\1 wrong_name ", text, count=1, flags=re.MULTILINE)
+        for _, _, name in scripts.bindings(text)
+    ]
+    for taking in re.findall(
+        r"local [a-z]\w*, [a-z][\w,\s]*= from_bytes\((?:CALL|OPERATION|LIMIT|PAYLOAD|UNIT),", text
+    ):
+        first, second = re.findall(r"\w+", taking)[1:3]
+        wrong.append(text.replace(taking, taking.replace(f"local {first}, {second}", f"local {second}, {first}")))
+
+    assert len(wrong) > 5
+    for changed in wrong:
+        assert changed != text
+        with pytest.raises(scripts.ContractError):
+            scripts.check_contract(verb, changed)
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_script_has_a_twin_of_its_name(verb: str) -> None:
     """Each rule can be read in Python."""
     assert callable(getattr(rules, verb))
@@ -115,7 +136,9 @@ def test_scripts_keep_off_what_differs_between_servers(path: Path) -> None:
     text = path.read_text()
 
     assert text.startswith((f"-- {path.stem}", f"-- {path.name}"))
-    assert not re.search(r"cjson|cmsgpack|struct\.|bit\.|sha1hex|tostring|KEYS\[[^1-4]", text)
+    assert not re.search(r"cjson|cmsgpack|bit\.|sha1hex|tostring|KEYS\[[^1-4]", text)
+    assert set(re.findall(r"\bstruct\.(\w+)", text)) <= {"pack", "unpack"}
+    assert all(re.fullmatch(r">[sd]+", form) for form in re.findall(r"'([<>=!][^']*)'", text)), "beyond the stand-in"
     assert not re.search(r"'(GET|SET|HSET|HGET|ZADD|XADD)', *'", text), "a key by name"
     assert max(len(line) for line in text.splitlines()) <= 120
 

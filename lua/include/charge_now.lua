@@ -1,23 +1,17 @@
--- charge_now: usage that nobody reserved, charged as of now to the limits that an operation names.
+-- charge_now: usage that nobody reserved, charged as of now to the limits that an operation names, unless the caller's
+-- clock disagrees with the shard's about a calendar period: then it is stale.
 
--- Whether a caller's clock disagrees with the shard's about a calendar period.
-local function stale(first_limit, last_limit)
-  for limit = first_limit, last_limit, 10 do
-    local period_start_ms = tonumber(ARGV[limit + 8])  -- ms    first moment of a calendar period; else 0
-    if period_start_ms > 0 and (now_ms < period_start_ms or now_ms >= tonumber(ARGV[limit + 9])) then return true end
-  end
-  return false
+local stale, limit_at = false, at
+for _ = 1, limit_count do
+  local limit_size, _, _, _, _, _, _, _, period_start_ms, period_end_ms = from_bytes(LIMIT, operation, limit_at)
+  if period_start_ms > 0 and (now_ms < period_start_ms or now_ms >= period_end_ms) then stale = true end
+  limit_at = limit_at + limit_size
 end
-
-local function charge_now(first_limit, last_limit)
-  for limit = first_limit, last_limit, 10 do
-    local window_field    = ARGV[limit + 1]            -- str   the field of its window
-    local unit            = ARGV[limit + 2]            -- str   what it counts
-    local amount          = tonumber(ARGV[limit + 3])  -- int   how much was used, in that unit
-    local quota           = ARGV[limit + 4]            -- int   its quota; usage is charged whatever it is
-    local oversize        = ARGV[limit + 5]            -- str   likewise of no account here
-    local span_ms         = tonumber(ARGV[limit + 6])  -- ms    length of a sliding window; else 0
-    local _, settle_time = times_of(limit, 0)
-    if settle_time ~= '0' then charge(window_at(window_field, span_ms), settle_time, amount, 0) end
-  end
+limit_at = at
+for _ = 1, stale and 0 or limit_count do
+  local limit_size, window_field, _, amount, _, _, span_ms, sub_window_ms, _, period_end_ms, on_expiry =
+    from_bytes(LIMIT, operation, limit_at)
+  local _, settle_ms = times_of(sub_window_ms, period_end_ms, on_expiry, now_ms, 0)
+  if settle_ms > 0 then charge(window_at(window_field, span_ms), settle_ms, amount, 0) end
+  limit_at = limit_at + limit_size
 end

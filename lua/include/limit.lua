@@ -1,24 +1,32 @@
--- limit: the times at which a hold, and later what was settled, stand in the window of the limit at ARGV[limit].
---
--- The second is '0' where nothing is settled (open reservations). A period's hold that the lease's end shall free
--- stands at that end.
+-- limit: what an operation says of one limit; a reservation keeps it as it was said.
 
-local sub_window_times = {}                        -- by resolution
+local LIMIT, NEXT_LIMIT = '>dssddsdddds', '>ds'
+--   limit_size       int   how many bytes this takes: behind them is the next limit
+--   window_field     str   the field of its window
+--   unit             str   what it counts
+--   amount           int   how much the call takes, or took, in that unit
+--   quota            int   how much may count at any time
+--   oversize         str   an amount above the quota: admit (when idle) or reject
+--   span_ms          ms    length of a sliding window; else 0
+--   sub_window_ms    ms    its resolution; else 0
+--   period_start_ms  ms    first moment of a calendar period; else 0
+--   period_end_ms    ms    first moment behind it; else 0
+--   on_expiry        str   a period's hold when the lease runs out: keep or free
 
-local function times_of(limit, expires_at_ms)
-  local sub_window_ms = ARGV[limit + 7]            -- ms    resolution of a sliding window; else 0
-  if sub_window_ms ~= '0' then
-    local time = sub_window_times[sub_window_ms]
-    if not time then
-      time = format('%013d', floor(now_ms / sub_window_ms + 1) * sub_window_ms - 1)
-      sub_window_times[sub_window_ms] = time
-    end
+local PAYLOAD = '>sss'
+--   digest           hex   of the other two: with other ones the id is a conflict
+--   call_facts       json  tenant, attributes, funding; nobody looks inside here
+--   estimate         json  the usage expected; likewise
+
+-- The times at which a hold, and later what was settled, stand in the window of a call that was made at some time. The
+-- second is 0 where nothing is settled (open reservations). A period's hold that the lease's end shall free stands at
+-- that end.
+local function times_of(sub_window_ms, period_end_ms, on_expiry, made_at_ms, expires_at_ms)
+  if sub_window_ms > 0 then
+    local time = floor(made_at_ms / sub_window_ms + 1) * sub_window_ms - 1
     return time, time
   end
-  local period_end_ms = tonumber(ARGV[limit + 9])  -- ms    first moment behind a calendar period; else 0
-  local on_expiry     = ARGV[limit + 10]           -- str   a period's hold when the lease runs out: keep or free
-  local expires_at, period_end = format('%013d', expires_at_ms), format('%013d', period_end_ms)
-  if period_end_ms == 0 then return expires_at, '0' end
-  if on_expiry == 'free' and expires_at < period_end then return expires_at, period_end end
-  return period_end, period_end
+  if period_end_ms == 0 then return expires_at_ms, 0 end
+  if on_expiry == 'free' and expires_at_ms < period_end_ms then return expires_at_ms, period_end_ms end
+  return period_end_ms, period_end_ms
 end

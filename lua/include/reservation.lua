@@ -1,46 +1,60 @@
 -- reservation: the record of one, while it is open and after.
---
--- Open, in lines: "reserved_at expires_at revision digest", the call, the estimate, then one line per hold:
--- "window unit amount hold_time settle_time span". Ended: "kind number reserved_at booked_at digest"; what ended
--- without being settled keeps the lines of the open record below, so that late usage can still be put in its place.
+
+local OPEN = '>sdddd'
+--   the word open; when it was made and when its lease ends; how often it was revised; and, from here as reserve was
+--   told: how many limits it holds, then these, then the payload
+
+local ENDED = '>sddds'
+--   how it ended; number of its ledger entry; when it was made, and when it ended; the digest of what was settled.
+--   What ended without being settled keeps the open record behind that: late usage can still be put in its place.
+
+-- The record of a reservation as it was read, or as it shall be.
+local function record_at(field)
+  local record = state[field]
+  if record == nil then
+    record = call('HGET', state_key, field)
+    state[field] = record
+  end
+  return record
+end
 
 local function reservation_of(record)
-  local reserved_at, expires_at, revision, digest, call_facts, estimate, lines =
-    string.match(record, '^([^ ]+) ([^ ]+) ([^ ]+) ([^\n]*)\n([^\n]*)\n([^\n]*)(.*)$')
-  local holds = {}
-  for window, unit, amount, hold_time, settle_time, span_ms in
-      string.gmatch(lines, '\n([^ ]+) ([^ ]+) ([^ ]+) ([^ ]+) ([^ ]+) ([^\n]+)') do
-    holds[#holds + 1] = {window = window, unit = unit, amount = amount + 0, hold_time = hold_time,
-      settle_time = settle_time, span_ms = span_ms + 0}
-  end
-  return {reserved_at = reserved_at, expires_at = expires_at, revision = tonumber(revision), digest = digest,
-    call_facts = call_facts, estimate = estimate, holds = holds}
+  local _, reserved_at, expires_at, revision, hold_count, holds_at = from_bytes(OPEN, record)
+  local payload_at = holds_at
+  for _ = 1, hold_count do payload_at = payload_at + from_bytes('>d', record, payload_at) end
+  local digest, call_facts, estimate = from_bytes(PAYLOAD, record, payload_at)
+  return {reserved_at = reserved_at, expires_at = expires_at, revision = revision, digest = digest,
+    call_facts = call_facts, estimate = estimate, hold_count = hold_count, record = record, holds_at = holds_at,
+    payload_at = payload_at}
 end
 
 local function record_of(reservation)
-  local lines = {
-    reservation.reserved_at .. ' ' .. reservation.expires_at .. format(' %d ', reservation.revision)
-      .. reservation.digest,
-    reservation.call_facts, reservation.estimate}
-  for _, hold in ipairs(reservation.holds) do
-    lines[#lines + 1] = hold.window .. ' ' .. hold.unit .. format(' %d ', hold.amount) .. hold.hold_time .. ' '
-      .. hold.settle_time .. format(' %d', hold.span_ms)
-  end
-  return table.concat(lines, '\n')
+  return to_bytes(OPEN, 'open', reservation.reserved_at, reservation.expires_at, reservation.revision,
+    reservation.hold_count) .. sub(reservation.record, reservation.holds_at, reservation.payload_at - 1)
+    .. to_bytes(PAYLOAD, reservation.digest, reservation.call_facts, reservation.estimate)
+end
+
+-- The hold that begins somewhere in a reservation's record: where the next one begins, its window, unit and amount, the
+-- times at which it stands and at which it is settled.
+local function hold_of(reservation, at)
+  local limit_size, window_field, unit, amount, _, _, span_ms, sub_window_ms, _, period_end_ms, on_expiry =
+    from_bytes(LIMIT, reservation.record, at)
+  local hold_ms, settle_ms = times_of(sub_window_ms, period_end_ms, on_expiry, reservation.reserved_at,
+    reservation.expires_at)
+  return at + limit_size, window_at(window_field, span_ms), unit, amount, hold_ms, settle_ms
 end
 
 local function ended_record_of(kind, entry_number, reserved_at, digest, reservation)
-  local head = kind .. ' ' .. entry_number .. ' ' .. reserved_at .. format(' %d ', now_ms) .. digest
-  if not reservation then return head end
-  return head .. '\n' .. record_of(reservation)
+  local record = to_bytes(ENDED, kind, entry_number, reserved_at, now_ms, digest)
+  return reservation and record .. record_of(reservation) or record
 end
 
+-- How a reservation ended; nil if it is open.
 local function end_of(record)
-  local kind, entry_number, reserved_at, booked_at, digest, rest =
-    string.match(record, '^(%l+) (%d+) (%d+) (%d+) (%S*)\n?(.*)$')
-  if not kind then return nil end
+  local kind, entry_number, reserved_at, booked_at, digest, at = from_bytes(ENDED, record)
+  if kind == 'open' then return nil end
   return {kind = kind, number = entry_number, reserved_at = reserved_at, booked_at = booked_at, digest = digest,
-    reservation = rest ~= '' and reservation_of(rest) or nil}
+    reservation = at <= #record and reservation_of(sub(record, at)) or nil}
 end
 
 local function id_of(field)

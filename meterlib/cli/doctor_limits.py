@@ -121,7 +121,7 @@ class _Bench:
         call_facts, estimate = encode(CallFacts(tenant=TENANT)), encode(Usage())
         field = reservation_field(TENANT, f"selftest-{os.urandom(8).hex()}")
         arguments = bound.arguments(amount, self._now_ms)
-        operation = Reserve(field, "selftest", call_facts, estimate, LEASE_MS, (arguments,))
+        operation = Reserve(field, LEASE_MS, (arguments,), "selftest", call_facts, estimate)
         self._made = True
         reply: Reply = self._driver.call("reserve", 0, (operation,))[0]
         return reply

@@ -1,12 +1,75 @@
-"""What each script takes, one record per verb, field by field as the header of `lua/<verb>.lua` has it."""
+"""What each script takes, one record per verb, field by field as the header of `lua/<verb>.lua` has it.
+
+A script gets an operation as one argument: text ends with a zero byte, a number takes the eight bytes of a double. No
+text has a zero byte: names are printable, and JSON escapes it.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from struct import Struct
 from typing import NamedTuple
 
-Argument = str | int | bytes
+Value = str | int | bytes
 Reply = list[int | str | bytes]
 """A script's answer to one operation: a status word, the shard's time in ms, then what the script's header says."""
+
+_double = Struct(">d").pack
+_two_doubles = Struct(">dd").pack
+
+
+def packed(values: Iterable[Value]) -> bytes:
+    """The bytes of an argument, as the scripts' `from_bytes` reads them."""
+    return b"".join([_double(value) if isinstance(value, int) else _text(value) for value in values])
+
+
+def _text(value: str | bytes) -> bytes:
+    return (value if isinstance(value, bytes) else value.encode()) + b"\0"
+
+
+def unpacked(answer: bytes) -> Reply:
+    """The values of an answer, which begins with their format: `s` a text, `d` a number, `d*` numbers to the end.
+
+    Raises:
+        ValueError: the bytes are no answer.
+    """
+    form, _, rest = answer.partition(b"\0")
+    values: Reply = []
+    for texts, numbers in _runs(form):
+        *found, rest = rest.split(b"\0", texts)
+        count = len(rest) // 8 if numbers < 0 else numbers
+        if len(found) < texts or len(rest) < 8 * count:
+            raise ValueError(f"{answer!r:.80} is no answer")
+        values += found
+        values += map(int, _doubles(count)(rest))
+        rest = rest[8 * count :]
+    return values
+
+
+@lru_cache(maxsize=1024)
+def _runs(form: bytes) -> list[tuple[int, int]]:
+    """How many texts, then how many numbers (-1: all that are left), and so on."""
+    if not re.fullmatch(rb"[sd]+\*?", form):
+        raise ValueError(f"{form!r:.80} is no format")
+    runs = [(len(texts), len(numbers)) for texts, numbers in re.findall(rb"(s*)(d*)", form) if texts or numbers]
+    return [*runs[:-1], (runs[-1][0], -1)] if form.endswith(b"*") else runs
+
+
+@lru_cache(maxsize=1024)
+def _doubles(count: int) -> Callable[[bytes], tuple[float, ...]]:
+    return Struct(f">{count}d").unpack_from
+
+
+@lru_cache(maxsize=20_000)
+def _packed_texts(*texts: str) -> bytes:
+    return packed(texts)
+
+
+@lru_cache(maxsize=20_000)
+def _packed_rest(values: tuple[Value, ...]) -> bytes:
+    return packed(values)
 
 
 class LimitArguments(NamedTuple):
@@ -23,6 +86,11 @@ class LimitArguments(NamedTuple):
     period_end_ms: int
     on_expiry: str
 
+    def packed(self) -> bytes:
+        """Led by its size."""
+        before, after = _packed_texts(self.window_field, self.unit), _packed_rest(self[3:])
+        return _double(16 + len(before) + len(after)) + before + _double(self.amount) + after
+
 
 class PeekLimit(NamedTuple):
     """What it takes to look at one limit."""
@@ -36,18 +104,17 @@ class PeekLimit(NamedTuple):
 class Reserve(NamedTuple):
     """Hold an estimate on every limit, or on none."""
 
-    reservation: str
+    field: str
+    lease_ms: int
+    limits: tuple[LimitArguments, ...]
     digest: str
     call_facts: bytes
     estimate: bytes
-    lease_ms: int
-    limits: tuple[LimitArguments, ...]
 
-    def arguments(self) -> list[Argument]:
-        flat: list[Argument] = [*self[:5], len(self.limits)]
-        for limit in self.limits:
-            flat += limit
-        return flat
+    def packed(self) -> bytes:
+        limits = [limit.packed() for limit in self.limits]
+        head = self.field.encode() + b"\0" + _two_doubles(self.lease_ms, len(limits))
+        return b"".join([head, *limits, b"\0".join([self.digest.encode(), self.call_facts, self.estimate, b""])])
 
 
 class Settle(NamedTuple):
@@ -58,17 +125,13 @@ class Settle(NamedTuple):
     outcome: bytes
     call_facts: bytes
     if_unknown: str
-    echo: str
     used: tuple[tuple[str, int], ...]
     limits: tuple[LimitArguments, ...]
 
-    def arguments(self) -> list[Argument]:
-        flat: list[Argument] = [*self[:6], len(self.used), len(self.limits)]
-        for unit in self.used:
-            flat += unit
-        for limit in self.limits:
-            flat += limit
-        return flat
+    def packed(self) -> bytes:
+        units = [packed(unit) for unit in self.used]
+        limits = [limit.packed() for limit in self.limits]
+        return b"".join([packed((*self[:-2], len(units), len(limits))), *units, *limits])
 
 
 class Record(NamedTuple):
@@ -81,11 +144,8 @@ class Record(NamedTuple):
     outcome: bytes
     limits: tuple[LimitArguments, ...]
 
-    def arguments(self) -> list[Argument]:
-        flat: list[Argument] = [*self[:5], len(self.limits)]
-        for limit in self.limits:
-            flat += limit
-        return flat
+    def packed(self) -> bytes:
+        return b"".join([packed((*self[:-1], len(self.limits))), *[limit.packed() for limit in self.limits]])
 
 
 class Cancel(NamedTuple):
@@ -93,8 +153,8 @@ class Cancel(NamedTuple):
 
     field: str
 
-    def arguments(self) -> list[Argument]:
-        return [self.field]
+    def packed(self) -> bytes:
+        return packed(self)
 
 
 class Revise(NamedTuple):
@@ -107,11 +167,8 @@ class Revise(NamedTuple):
     estimate: bytes
     amounts: tuple[tuple[str, int], ...]
 
-    def arguments(self) -> list[Argument]:
-        flat: list[Argument] = [*self[:5], len(self.amounts)]
-        for unit in self.amounts:
-            flat += unit
-        return flat
+    def packed(self) -> bytes:
+        return packed((*self[:-1], len(self.amounts))) + b"".join([packed(unit) for unit in self.amounts])
 
 
 class Peek(NamedTuple):
@@ -119,11 +176,8 @@ class Peek(NamedTuple):
 
     limits: tuple[PeekLimit, ...]
 
-    def arguments(self) -> list[Argument]:
-        flat: list[Argument] = [len(self.limits)]
-        for limit in self.limits:
-            flat += limit
-        return flat
+    def packed(self) -> bytes:
+        return packed((len(self.limits),)) + b"".join([packed(limit) for limit in self.limits])
 
 
 class Find(NamedTuple):
@@ -131,8 +185,8 @@ class Find(NamedTuple):
 
     field: str
 
-    def arguments(self) -> list[Argument]:
-        return [self.field]
+    def packed(self) -> bytes:
+        return packed(self)
 
 
 class Sweep(NamedTuple):
@@ -141,8 +195,8 @@ class Sweep(NamedTuple):
     cursor: int
     scan_count: int
 
-    def arguments(self) -> list[Argument]:
-        return [*self]
+    def packed(self) -> bytes:
+        return packed(self)
 
 
 Operation = Reserve | Settle | Record | Cancel | Revise | Peek | Find | Sweep

@@ -339,7 +339,7 @@ def reserve(work: Work, operation: Reserve) -> Reply:
     """Twin of `lua/reserve.lua`."""
     limits = operation.limits
     windows = [work.window(limit.window_field, limit.span_ms) for limit in limits]
-    record = work.record(operation.reservation)
+    record = work.record(operation.field)
     if isinstance(record, Ended):
         return ["ended", work.now_ms, record.kind]
     if isinstance(record, Reservation):
@@ -366,10 +366,10 @@ def reserve(work: Work, operation: Reserve) -> Reply:
     ]
     for hold in holds:
         work.charge(hold.window_field, hold.span_ms, hold.hold_ms, 0, hold.amount)
-    work.records[operation.reservation] = Reservation(
+    work.records[operation.field] = Reservation(
         work.now_ms, expires_at_ms, 0, operation.digest, operation.call_facts, operation.estimate, holds
     )
-    work.leases.append((expires_at_ms, operation.reservation))
+    work.leases.append((expires_at_ms, operation.field))
     reply = ["reserved", work.now_ms, work.now_ms, expires_at_ms, 0]
     return reply + [number for window in windows for number in window.describe()]
 
@@ -415,7 +415,7 @@ def book(work: Work, operation: Settle, kind: str, after: str, reservation: Rese
     """Append the entry of a settlement."""
     work.finish(kind, after, operation.field, reservation, operation.outcome, operation.digest)
     reply: Reply = ["settled", work.now_ms, kind, work.number, reservation.reserved_at_ms, work.now_ms, after]
-    return [*reply, reservation.call_facts, reservation.estimate] if operation.echo == "yes" else reply
+    return [*reply, reservation.call_facts, reservation.estimate]
 
 
 def record(work: Work, operation: Record) -> Reply:

@@ -64,6 +64,7 @@ _PARTS: Mapping[str, type] = {
 }
 _NO_COUNTS = {"type", "model", "service_tier", "speed", "inference_geo", "iterations", "amounts", *_PARTS}
 
+_NONE_KNOWN = (None, None, None)
 _UNIT = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 
@@ -96,18 +97,26 @@ class Usage(_Counts, frozen=True, kw_only=True, omit_defaults=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("service_tier", "speed", "inference_geo"):
-            text = getattr(self, name)
-            if text is not None:
-                check_text(text, f"usage.{name}", 128)
-        for name, kind in _PARTS.items():
-            part = getattr(self, name)
-            if part is not None and not isinstance(part, kind):
-                raise InvalidInput(f"usage.{name}", f"{kind.__name__} is needed, not {type(part).__name__}")
+        if (self.service_tier, self.speed, self.inference_geo) != _NONE_KNOWN:
+            self._check_texts()
+        if (self.cache_creation, self.output_tokens_details, self.server_tool_use) != _NONE_KNOWN:
+            self._check_parts()
         if self.iterations != ():
             self._check_iterations()
         if self.amounts != {}:
             self._check_amounts()
+
+    def _check_texts(self) -> None:
+        for name in ("service_tier", "speed", "inference_geo"):
+            text = getattr(self, name)
+            if text is not None:
+                check_text(text, f"usage.{name}", 128)
+
+    def _check_parts(self) -> None:
+        for name, kind in _PARTS.items():
+            part = getattr(self, name)
+            if part is not None and not isinstance(part, kind):
+                raise InvalidInput(f"usage.{name}", f"{kind.__name__} is needed, not {type(part).__name__}")
 
     def _check_iterations(self) -> None:
         if not isinstance(self.iterations, list | tuple):

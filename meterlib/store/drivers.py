@@ -7,13 +7,14 @@ import re
 import threading
 import time
 from collections.abc import Sequence
+from struct import Struct
 from typing import Any, Protocol, TypeVar
 
 import msgspec
 from redis.exceptions import NoScriptError
 
 from meterlib.core import rules
-from meterlib.core.operations import Argument, Reply
+from meterlib.core.operations import Reply, Value, packed, unpacked
 from meterlib.errors import MeterError, PolicyError, StoreCorrupt, StoreRefused, StoreUnavailable, UsageError
 from meterlib.store.batching import AsyncBatching, SyncBatching
 from meterlib.store.commands import Call, Command, Flow, ReadHead, ReadLedger, ReadOwners, ReadWindows, ShardHead
@@ -24,6 +25,7 @@ from meterlib.store.scripts import Script, script
 
 T = TypeVar("T")
 READING = ("peek", "find")
+_HEAD = Struct(">4d").unpack_from
 _PREFIX = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 
 
@@ -79,8 +81,11 @@ class _Calls:
         self.options = options
         self._clock = clock
         self._plain = plain
-        self._keys = [shard_keys(options.prefix, shard) for shard in range(options.shards)]
+        keys = [shard_keys(options.prefix, shard) for shard in range(options.shards)]
+        self._names = keys
+        self._keys: list[tuple[Value, ...]] = [(len(names), *names) for names in keys]
         self._layout = layout(options.shards)
+        self._call = self._call_arguments(None) if clock is None else b""
         self._scripts: dict[str, tuple[Script, str, str]] = {}
 
     def script(self, name: str) -> tuple[Script, str, str]:
@@ -91,33 +96,38 @@ class _Calls:
             found = self._scripts[name] = (made, text, sha)
         return found
 
-    def arguments(self, shard: int, operations: Sequence[Any], sweep_max: int | None = None) -> list[Argument]:
+    def arguments(self, shard: int, operations: Sequence[Any], sweep_max: int | None = None) -> list[Value]:
+        call = self._call if self._clock is None and sweep_max is None else self._call_arguments(sweep_max)
+        return [*self._keys[shard], call, *[operation.packed() for operation in operations]]
+
+    def _call_arguments(self, sweep_max: int | None) -> bytes:
         now_ms = self._clock.now_ms if self._clock else 0
         most = self.options.sweep_max if sweep_max is None else sweep_max
-        keys = self._keys[shard]
-        flat: list[Argument] = [len(keys), *keys, self._layout, now_ms, most, self.options.retention_ms]
-        for operation in operations:
-            flat += operation.arguments()
-        return flat
+        return packed((self._layout, now_ms, most, self.options.retention_ms))
 
-    def checked(self, name: str, count: int, replies: object) -> list[Reply]:
-        if type(replies) is list and len(replies) == count and all(type(reply) is list for reply in replies):
-            return replies
-        raise StoreUnavailable(name, f"an answer that is none: {replies!r:.80}")
+    def replies(self, name: str, count: int, answer: Any) -> list[Reply]:
+        """What a script answers: one text, or a list of them where there were several operations."""
+        answers = [answer] if count == 1 else answer
+        try:
+            if len(answers) == count:
+                return [unpacked(one) for one in answers]
+        except (AttributeError, TypeError, ValueError):
+            pass
+        raise StoreUnavailable(name, f"an answer that is none: {answer!r:.80}")
 
-    def ledger_page(self, command: ReadLedger) -> tuple[Argument, ...]:
-        return ("XRANGE", self._keys[command.shard][3], f"{command.after + 1}-0", "+", "COUNT", command.limit)
+    def ledger_page(self, command: ReadLedger) -> tuple[Value, ...]:
+        return ("XRANGE", self._names[command.shard][3], f"{command.after + 1}-0", "+", "COUNT", command.limit)
 
-    def owners_page(self, command: ReadOwners, cursor: Argument) -> tuple[Argument, ...]:
-        leases = self._keys[command.shard][1]
+    def owners_page(self, command: ReadOwners, cursor: Value) -> tuple[Value, ...]:
+        leases = self._names[command.shard][1]
         return ("ZSCAN", leases, cursor, "MATCH", f"r/*/{command.reservation_id}", "COUNT", 1000)
 
-    def windows_page(self, command: ReadWindows, cursor: Argument) -> tuple[Argument, ...]:
+    def windows_page(self, command: ReadWindows, cursor: Value) -> tuple[Value, ...]:
         owner = command.tenant.replace("*", "\\*")  # the rest of an encoded tenant means itself in a pattern
-        return ("HSCAN", self._keys[command.shard][0], cursor, "MATCH", f"w/{owner}/*", "COUNT", 1000)
+        return ("HSCAN", self._names[command.shard][0], cursor, "MATCH", f"w/{owner}/*", "COUNT", 1000)
 
-    def head_commands(self, shard: int) -> tuple[tuple[Argument, ...], ...]:
-        state, leases, _, ledger = self._keys[shard]
+    def head_commands(self, shard: int) -> tuple[tuple[Value, ...], ...]:
+        state, leases, _, ledger = self._names[shard]
         return (
             ("HGET", state, "head"),
             ("XRANGE", ledger, "-", "+", "COUNT", 1),
@@ -160,7 +170,7 @@ class SyncDriver:
             return entries_of(self._retrying("ledger", *self._calls.ledger_page(command)))
         if isinstance(command, ReadOwners):
             owners: list[str] = []
-            cursor: Argument = 0
+            cursor: Value = 0
             while True:
                 cursor, page = self._retrying("owners", *self._calls.owners_page(command, cursor))
                 owners += [member[0].decode() for member in page]
@@ -186,10 +196,10 @@ class SyncDriver:
         while True:
             try:
                 try:
-                    replies = self._send("EVALSHA", sha, *arguments)
+                    answer = self._send("EVALSHA", sha, *arguments)
                 except NoScriptError:
-                    replies = self._send("EVAL", text, *arguments)
-                return self._calls.checked(name, len(operations), replies)
+                    answer = self._send("EVAL", text, *arguments)
+                return self._calls.replies(name, len(operations), answer)
             except StoreUnavailable:
                 self._forget_connections()
                 raise
@@ -197,7 +207,7 @@ class SyncDriver:
                 attempts = attempts or Attempts(name, self.options.deadline_ms)
                 self._pause(attempts.pause_s(error))
 
-    def _retrying(self, name: str, *words: Argument) -> Any:
+    def _retrying(self, name: str, *words: Value) -> Any:
         attempts = Attempts(name, self.options.deadline_ms)
         while True:
             try:
@@ -205,7 +215,7 @@ class SyncDriver:
             except FAILURES as error:
                 self._pause(attempts.pause_s(error))
 
-    def _send(self, *words: Argument) -> Any:
+    def _send(self, *words: Value) -> Any:
         try:
             return self.client.execute_command(*words, NEVER_DECODE=True)
         except Exception:
@@ -289,7 +299,7 @@ class AsyncDriver:
             return entries_of(await self._retrying("ledger", *self._calls.ledger_page(command)))
         if isinstance(command, ReadOwners):
             owners: list[str] = []
-            cursor: Argument = 0
+            cursor: Value = 0
             while True:
                 cursor, page = await self._retrying("owners", *self._calls.owners_page(command, cursor))
                 owners += [member[0].decode() for member in page]
@@ -315,15 +325,15 @@ class AsyncDriver:
         while True:
             try:
                 try:
-                    replies = await self.client.execute_command("EVALSHA", sha, *arguments, NEVER_DECODE=True)
+                    answer = await self.client.execute_command("EVALSHA", sha, *arguments, NEVER_DECODE=True)
                 except NoScriptError:
-                    replies = await self.client.execute_command("EVAL", text, *arguments, NEVER_DECODE=True)
-                return self._calls.checked(name, len(operations), replies)
+                    answer = await self.client.execute_command("EVAL", text, *arguments, NEVER_DECODE=True)
+                return self._calls.replies(name, len(operations), answer)
             except FAILURES as error:
                 attempts = attempts or Attempts(name, self.options.deadline_ms)
                 await self._pause(attempts.pause_s(error))
 
-    async def _retrying(self, name: str, *words: Argument) -> Any:
+    async def _retrying(self, name: str, *words: Value) -> Any:
         attempts = Attempts(name, self.options.deadline_ms)
         while True:
             try:
@@ -476,6 +486,7 @@ def head_of(head: bytes | None, first: Any, last: Any, length: int, open_reserva
     """A shard's own numbers, from the answers to `head_commands`."""
     epoch, clock_ms, number = "", 0, 0
     if head:
-        clock_ms, number, epoch = int(head[:13]), int(head[26:42]), head[42:55].decode()
+        clock_ms, _, number, epoch_ms = (int(value) for value in _HEAD(head))
+        epoch = f"{epoch_ms:013d}"
     first_n, last_n = (int(page[0][0].partition(b"-")[0]) if page else 0 for page in (first, last))
     return ShardHead(epoch, clock_ms, number, first_n, last_n, length, open_reservations)

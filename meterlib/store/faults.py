@@ -72,8 +72,8 @@ def corrupt(operation: str, text: str) -> MeterError:
     """The error for a reply that says the store's data are not what meterlib wrote."""
     if "METERLIB_LAYOUT" in text:
         return StoreCorrupt(
-            f"{operation}: {text.partition('METERLIB_LAYOUT ')[2]}; the number of shards is chosen once:"
-            " set [store] shards to the store's, or use another prefix"
+            f"{operation}: {text.partition('METERLIB_LAYOUT ')[2]} (its version and the number of shards,"
+            " both chosen once): set [store] shards to the store's, or use another prefix"
         )
     if "METERLIB_LEDGER" in text:
         return StoreCorrupt(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote
 
 import msgspec
@@ -64,6 +64,9 @@ from meterlib.store.drivers import Clock, StoreOptions
 from meterlib.store.keys import shard_of
 
 LEASE_MS = 600_000
+CALLERS_MAX = 20_000
+"""Callers may invent attributes without end; to make one ready again costs little, to keep them all does not."""
+
 SWEEP_PIECE = 100
 _STALE_TRIES = 4
 FUNDINGS = ("hosted", "own")
@@ -124,6 +127,16 @@ class Partition(msgspec.Struct, frozen=True, kw_only=True):
     state: LimitState
 
 
+class Caller(NamedTuple):
+    """Who makes a call, with all that does not change from call to call."""
+
+    funding: Funding
+    limits: tuple[BoundLimit, ...]
+    call_facts: bytes
+    field_prefix: str
+    shard: int
+
+
 class Context:
     """What all flows of a meter share: policy, layout, and how far the caller's clock is off the store's."""
 
@@ -153,6 +166,30 @@ class Context:
                 problem = "a limit that all tenants share needs a store with one shard ([store] shards = 1)"
                 raise PolicyError(f"limit[{at}].shared", problem)
         self.compiled = CompiledPolicy(policy)
+        self._callers: dict[Hashable, Caller] = {}
+
+    def caller(self, tenant: str, attributes: Mapping[str, str], funding: Funding | None) -> Caller:
+        """Check who makes a call, and make ready what all its calls have in common; both once."""
+        callers = self._callers  # of the policy at this moment, should another one be set meanwhile
+        try:
+            key = (tenant, funding, *attributes.items())
+            known = callers.get(key)
+        except (AttributeError, TypeError):
+            key, known = None, None  # the checks say what is wrong
+        if known is not None:
+            return known
+        check_tenant(tenant)
+        check_attributes(attributes)
+        if funding is not None:
+            check_choice(funding, "funding", FUNDINGS)
+        compiled = self.compiled
+        funding = funding or compiled.funding_of(tenant)
+        call_facts = encode(CallFacts(tenant=tenant, attributes=attributes, funding=funding))
+        limits, prefix = compiled.limits_of(tenant, attributes), reservation_field(tenant, "")
+        if len(callers) >= CALLERS_MAX:
+            callers.clear()
+        made = callers[key] = Caller(funding, limits, call_facts, prefix, self.shard_of(tenant))
+        return made
 
     def now_ms(self) -> int:
         """About the store's time; only used to tell which calendar period it is."""
@@ -182,29 +219,17 @@ def reserve(
     funding: Funding | None = None,
 ) -> Flow[Granted]:
     """Hold an estimate on every limit that the call touches, or on none; see `Meter.reserve`."""
-    check_tenant(tenant)
-    check_attributes(attributes)
+    caller = context.caller(tenant, attributes, funding)
     _check_usage(usage)
     check_lease_ms(lease_ms)
-    if funding is not None:
-        check_choice(funding, "funding", FUNDINGS)
     taken_id = new_id() if reservation_id is None else check_id(reservation_id)
-    compiled = context.compiled
-    funding = funding or compiled.funding_of(tenant)
-    bound = compiled.limits_of(tenant, attributes)
-    call_facts = encode(CallFacts(tenant=tenant, attributes=attributes, funding=funding))
-    estimate = encode(usage)
-    digest = digest_of(call_facts, estimate)
-    field = reservation_field(tenant, taken_id)
-
-    def operation() -> Reserve:
-        return Reserve(field, digest, call_facts, estimate, lease_ms, _arguments(context, bound, usage))
-
+    bound, call_facts, estimate = caller.limits, caller.call_facts, encode(usage)
+    field, digest = caller.field_prefix + taken_id, digest_of(call_facts, estimate)
     made: Reserve | None = None
     try:
         for _ in range(_STALE_TRIES):
-            made = operation()
-            reply: Reply = yield Call("reserve", context.shard_of(tenant), made)
+            made = Reserve(field, lease_ms, _arguments(context, bound, usage), digest, call_facts, estimate)
+            reply: Reply = yield Call("reserve", caller.shard, made)
             if not _stale(context, reply):
                 break
         else:
@@ -212,7 +237,7 @@ def reserve(
     except StoreUnavailable:
         if context.when_down == "deny":
             raise
-        return _unmetered(tenant, taken_id, attributes, funding, usage, lease_ms)
+        return _unmetered(tenant, taken_id, attributes, caller.funding, usage, lease_ms)
     status = _status(reply)
     if status == "denied":
         raise quota_exceeded(tenant, bound, made.limits, reply)
@@ -226,7 +251,7 @@ def reserve(
         tenant=tenant,
         id=taken_id,
         attributes=attributes,
-        funding=funding,
+        funding=caller.funding,
         estimate=usage,
         reserved_at_ms=int(reply[2]),
         expires_at_ms=int(reply[3]),
@@ -306,7 +331,6 @@ def settle(context: Context, settlement: Settlement) -> Flow[LedgerEntry]:
         blob,
         b"",
         "ask",
-        "yes",
         amounts_of(usage, context.compiled.units),
         (),
     )
@@ -332,7 +356,7 @@ def settle(context: Context, settlement: Settlement) -> Flow[LedgerEntry]:
 
 def unbooked(context: Context, settlement: Settlement) -> LedgerEntry:
     """The entry of a settlement that waits in the journal; it has no number yet."""
-    reply: Reply = ["settled", 0, "settled", 0, 0, 0, ""]
+    reply: Reply = ["settled", 0, "settled", 0, 0, 0, "", b"", b""]
     return _booked(context.shard_of(settlement.tenant), settlement, _outcome_of(settlement), reply)
 
 
@@ -357,10 +381,8 @@ def _refuse_foreign(context: Context, tenant: str, reservation_id: str) -> Flow[
 
 
 def _booked(shard: int, settlement: Settlement, outcome: Outcome, reply: Reply) -> LedgerEntry:
-    _, _, kind, n, reserved_at, booked_at, after, *echo = reply
-    made_by, estimate = settlement.call_facts, b""
-    if echo and echo[0]:
-        made_by, estimate = decode_call_facts(_bytes(echo[0])), _bytes(echo[1])
+    _, _, kind, n, reserved_at, booked_at, after, call_facts, estimate = reply
+    made_by = decode_call_facts(_bytes(call_facts)) if call_facts else settlement.call_facts
     made_by = made_by or CallFacts(tenant=settlement.tenant)
     return LedgerEntry(
         shard=shard,
@@ -372,7 +394,7 @@ def _booked(shard: int, settlement: Settlement, outcome: Outcome, reply: Reply) 
         attributes=made_by.attributes,
         funding=made_by.funding,
         usage=outcome.usage,
-        estimate=decode_counts(estimate),
+        estimate=decode_counts(_bytes(estimate)),
         quality=outcome.quality,
         facts=outcome.facts,
         reserved_at=int(reserved_at),

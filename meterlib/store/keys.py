@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from zlib import crc32
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 
 
 def shard_of(tenant: str, shards: int) -> int:

@@ -10,19 +10,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 from meterlib.core import operations
-from meterlib.core.operations import LimitArguments, PeekLimit
+from meterlib.core.operations import LimitArguments, PeekLimit, Reserve
 
 CALL_ARGUMENTS = ("layout", "test_now_ms", "sweep_max", "retention_ms")
 KEYS = ("state_key", "leases_key", "ended_key", "ledger_key")
 
 _INCLUDE = re.compile(r"^[ ]*-- @include (\w+)\n", re.MULTILINE)
 _FLAGS = re.compile(r"^-- flags: ([a-z, -]+)$", re.MULTILINE)
-_BINDING = re.compile(
-    r"^[ ]*local (?P<name>\w+) *= (?:tonumber\()?(?P<list>KEYS|ARGV)\[(?:(?P<base>\w+) \+ )?(?P<index>\d+)\]\)?"
-    r" +-- (?P<kind>\w+) +(?P<meaning>\S.*)$",
+_KEY = re.compile(r"^local (?P<name>\w+) *= KEYS\[(?P<index>\d+)\] +-- (?P<kind>\w+) +(?P<meaning>\S.*)$", re.MULTILINE)
+_RECORD = re.compile(
+    r"^ *local (?P<record>CALL|OPERATION|LIMIT|PAYLOAD|UNIT)(?:, \w+)? = '>(?P<format>[sd]+)'.*\n"
+    r"(?P<values>(?: *--   \w+ +\w+ +\S.*\n)+)",
     re.MULTILINE,
 )
-_COUNTS = {"limits": "limit_count", "used": "unit_count", "amounts": "unit_count"}
+_VALUE = re.compile(r"^ *--   (?P<name>\w+) +(?P<kind>\w+) +(?P<meaning>\S.*)$", re.MULTILINE)
+_UNPACKING = re.compile(r"local ([\w,\s]+?)\s*= from_bytes\((CALL|OPERATION|LIMIT|PAYLOAD|UNIT),")
+_FORMATS = {"str": "s", "hex": "s", "json": "s", "int": "d", "ms": "d"}
+_REPEATED = {"limits": ("LIMIT", "limit_count"), "used": ("UNIT", "unit_count"), "amounts": ("UNIT", "unit_count")}
+_KEPT = {"LIMIT": ("limit_size", *LimitArguments._fields), "PAYLOAD": Reserve._fields[3:]}
+"""What records of reservations have, whatever the operation at hand names."""
 
 
 class ContractError(Exception):
@@ -30,7 +36,7 @@ class ContractError(Exception):
 
 
 class Script(NamedTuple):
-    """A script ready to be sent: with the flags line that real servers read, and without."""
+    """A script ready to be sent: with the flags line that real servers read; plain: with what fakeredis lacks."""
 
     name: str
     text: str
@@ -53,53 +59,67 @@ def script(name: str) -> Script:
     Raises:
         ContractError: its header names other arguments than Python sends.
     """
-    plain = expand(name)
-    check_contract(name, plain)
-    flags = _FLAGS.search(plain)
-    text = f"#!lua flags={flags[1]}\n{plain}" if flags else f"#!lua\n{plain}"
+    body = expand(name)
+    check_contract(name, body)
+    flags = _FLAGS.search(body)
+    text = f"#!lua flags={flags[1]}\n{body}" if flags else f"#!lua\n{body}"
+    plain = included("struct") + body
     return Script(name, text, plain, sha1(text.encode()).hexdigest(), sha1(plain.encode()).hexdigest())
 
 
 def expand(name: str) -> str:
-    """A script's text with its includes in place; an include may not include."""
-    folder = lua_folder()
+    """A script's text with its includes in place."""
+    return _INCLUDE.sub(lambda found: included(found[1]), (lua_folder() / f"{name}.lua").read_text())
 
-    def included(found: re.Match[str]) -> str:
-        text = (folder / "include" / f"{found[1]}.lua").read_text()
-        if _INCLUDE.search(text):
-            raise ContractError(f"include/{found[1]}.lua has an include of its own")
-        return text
 
-    return _INCLUDE.sub(included, (folder / f"{name}.lua").read_text())
+def included(name: str) -> str:
+    """The text of an include, with its own includes in place."""
+    text = (lua_folder() / "include" / f"{name}.lua").read_text()
+    return _INCLUDE.sub(lambda found: included(found[1]), text)
 
 
 def check_contract(name: str, text: str) -> None:
-    """Hold the binding lines of a script against the names that Python sends, position by position."""
-    record = getattr(operations, name.capitalize())
-    expected = {
-        "KEYS": KEYS,
-        "ARGV": CALL_ARGUMENTS,
-        "operation": tuple(_COUNTS.get(field, field) for field in record._fields),
-        "limit": PeekLimit._fields if name == "peek" else LimitArguments._fields,
-    }
-    seen: dict[str, set[int]] = {group: set() for group in expected}
+    """Hold the header of a script against the names that Python sends, position by position."""
+    fields = getattr(operations, name.capitalize())._fields
+    named = tuple(_REPEATED[field][1] if field in _REPEATED else field for field in fields)
+    expected = {"KEYS": KEYS, "CALL": CALL_ARGUMENTS, "OPERATION": named}
+    if name == "reserve":  # what its record keeps comes last
+        expected |= {"OPERATION": named[:3], "PAYLOAD": named[3:]}
+    for repeated in {_REPEATED[field][0] for field in fields if field in _REPEATED}:
+        expected[repeated] = ("unit", "amount") if repeated == "UNIT" else _limit_fields(name)
+    documented: dict[str, list[str]] = {group: [] for group in expected}
     for group, index, found in bindings(text):
-        if group not in expected:
-            raise ContractError(f"{name}.lua binds {found!r} from an unknown place, {group}")
-        names = expected[group]
+        names = expected.get(group) or _KEPT[group]
         if index > len(names) or names[index - 1] != found:
             sent = names[index - 1] if index <= len(names) else "nothing"
             raise ContractError(f"{name}.lua takes {found!r} as {group} {index}, where {sent!r} is sent")
-        seen[group].add(index)
-    for group in ("KEYS", "ARGV", "operation"):
-        missing = set(range(1, len(expected[group]) + 1)) - seen[group]
-        if missing:
-            raise ContractError(f"{name}.lua does not bind {group} {sorted(missing)}: {expected[group]}")
+        documented.setdefault(group, []).append(found)
+    for group, names in expected.items():
+        if documented[group] != list(names):
+            raise ContractError(f"{name}.lua documents {group} as {documented[group]}, where {names} are sent")
+    for group, taken in unpackings(text):
+        for index, found in enumerate(taken[: len(documented[group])]):
+            if found not in ("_", documented[group][index]):
+                raise ContractError(f"{name}.lua takes {documented[group][index]!r} of {group} for {found!r}")
+
+
+def _limit_fields(name: str) -> tuple[str, ...]:
+    return PeekLimit._fields if name == "peek" else _KEPT["LIMIT"]
 
 
 def bindings(text: str) -> Iterator[tuple[str, int, str]]:
-    """(group, position, name) of each binding line of a script."""
-    for found in _BINDING.finditer(text):
-        base = found["base"] or found["list"]
-        group = {"at": "operation", "OPERATIONS": "operation"}.get(base, base)
-        yield group, int(found["index"]), found["name"]
+    """(group, position, name) of each key and each value that a script's header names."""
+    for key in _KEY.finditer(text):
+        yield "KEYS", int(key["index"]), key["name"]
+    for record in _RECORD.finditer(text):
+        values = list(_VALUE.finditer(record["values"]))
+        if record["format"] != "".join(_FORMATS[value["kind"]] for value in values):
+            raise ContractError(f"{record['record']} is not packed as its values are: {record['format']}")
+        for index, value in enumerate(values, 1):
+            yield record["record"], index, value["name"]
+
+
+def unpackings(text: str) -> Iterator[tuple[str, list[str]]]:
+    """(group, names) wherever a script takes a record of its arguments apart; a name behind the record's is a place."""
+    for found in _UNPACKING.finditer(text):
+        yield found[2], [name.strip() for name in found[1].split(",")]

@@ -15,6 +15,7 @@ import pytest
 import redis
 
 from meterlib import Limit, Meter, Policy, StoreOptions, Usage
+from meterlib.core.operations import packed
 from meterlib.testing import Clock
 from tests.conftest import soak_seconds
 from tests.faults.world import ask, check_books
@@ -99,7 +100,7 @@ def check_cut(recorded: Recorded, size: int, scratch: Path) -> None:
             assert not opened
             assert (hour.used, hour.held, slots.used) == (60, 0, 0)
             assert record is not None
-            assert record.startswith(b"settled 2 ")
+            assert record.startswith(packed(("settled", 2)))
         if record is None:
             meter.reserve("acme", {}, ESTIMATE, reservation_id="mine")
         entry = meter.settle("acme", "mine", USED, attributes={})

@@ -13,6 +13,7 @@ import pytest
 import redis
 
 from meterlib import Meter, StoreCorrupt, StoreError, StoreRefused
+from meterlib.store.keys import LAYOUT_VERSION
 from meterlib.testing import Clock
 from tests.faults.world import (
     ENDED,
@@ -100,7 +101,7 @@ def test_another_number_of_shards_is_refused_before_anything_is_written(
     direct.hset(STATE, "head", head[:-1] + b"7")
     before = everything(direct)
     for verb in VERBS:
-        with pytest.raises(StoreCorrupt, match=r"1/7 .* not 1/1"):
+        with pytest.raises(StoreCorrupt, match=f"{LAYOUT_VERSION}/7 .* not {LAYOUT_VERSION}/1"):
             verb.act(meter)
         assert everything(direct) == before
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import struct
 from typing import Any
 
 import fakeredis
@@ -33,6 +34,7 @@ from meterlib.core.operations import (
 )
 from meterlib.store.commands import ReadHead, ReadLedger
 from meterlib.store.drivers import MemoryDriver, MemoryStore, StoreOptions, SyncDriver
+from meterlib.store.keys import layout
 from meterlib.testing import Clock
 from tests.conftest import soak_seconds
 from tests.store.oracle import Judge, Rule
@@ -84,7 +86,7 @@ def plain(answer: Any) -> Any:
         return [plain(word) for word in answer]
     if isinstance(answer, dict):
         return {plain(name): plain(word) for name, word in answer.items()}
-    return answer.decode() if isinstance(answer, bytes) else answer
+    return answer.decode("latin-1") if isinstance(answer, bytes) else answer
 
 
 class Histories(RuleBasedStateMachine):
@@ -164,7 +166,7 @@ class Histories(RuleBasedStateMachine):
         """Reservations of one call, and what the judge says to the answers."""
         asked = [(self.new_id(data), data.draw(payloads), data.draw(wanted), data.draw(leases)) for _ in range(count)]
         operations = [
-            Reserve(field, digest, field[2].encode(), b'{"e":1}', lease, arguments(pairs))
+            Reserve(field, lease, arguments(pairs), digest, field[2].encode(), b'{"e":1}')
             for field, digest, pairs, lease in asked
         ]
         before, untouched = self.dump(self.fake), copy.deepcopy(self.shard)
@@ -193,7 +195,7 @@ class Histories(RuleBasedStateMachine):
     def replies_of(self, operations: list[Reserve]) -> list[list[Any]]:
         """What the same calls would be told now: open if they were just admitted."""
         shard = copy.deepcopy(self.shard)
-        work = rules.Work(shard, self.clock.now_ms, "1/1", 0, OPTIONS.retention_ms)
+        work = rules.Work(shard, self.clock.now_ms, layout(1), 0, OPTIONS.retention_ms)
         replies = rules.run("reserve", work, operations)
         return [["reserved"] if reply[0] == "open" else plain(reply) for reply in replies]
 
@@ -202,7 +204,7 @@ class Histories(RuleBasedStateMachine):
 
         def at(server_ms: int) -> list[Any]:
             shard = copy.deepcopy(self.shard)
-            work = rules.Work(shard, server_ms, "1/1", 0, OPTIONS.retention_ms)
+            work = rules.Work(shard, server_ms, layout(1), 0, OPTIONS.retention_ms)
             return list(plain(rules.run("reserve", work, [operation])[0]))
 
         reply = at(self.clock.now_ms)
@@ -244,10 +246,9 @@ class Histories(RuleBasedStateMachine):
             for _ in range(count)
         ]
         operations = [
-            Settle(field, digest, b'{"u":1}', field[2].encode(), if_unknown, data.draw(st.sampled_from(["yes", "no"])),
-                   tuple(used.items()), arguments(pairs))
+            Settle(field, digest, b'{"u":1}', field[2].encode(), if_unknown, tuple(used.items()), arguments(pairs))
             for field, digest, used, pairs in asked
-        ]  # fmt: skip
+        ]
         for (field, _, used, pairs), reply in zip(asked, self.call("settle", operations), strict=True):
             if reply[0] != "settled":
                 continue
@@ -381,6 +382,18 @@ class Histories(RuleBasedStateMachine):
 
         assert fake == self.dump(self.real)
         assert "pending" not in fake[0]
+
+    @invariant()
+    def the_head_knows_when_something_is_due(self) -> None:
+        """Calls look for overdue leases and forgettable ids only from the times on that the head names."""
+        head = self.real.hget("t:{0}:state", "head")
+        if head:
+            due_ms, ended_ms = struct.unpack_from(">2d", head, 32)
+            leases = self.real.zrange("t:{0}:leases", 0, 0, withscores=True)
+            ended = self.real.lrange("t:{0}:ended", 0, 0)
+
+            assert all(due_ms <= score for _, score in leases)
+            assert all(ended_ms <= int(item.partition(b" ")[0]) for item in ended)
 
 
 def run(server: Server, examples: int, steps: int) -> None:

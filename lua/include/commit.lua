@@ -1,0 +1,30 @@
+-- commit: writes all that changed, then what follows from it.
+--
+-- The HSET is the commit point. What has to follow it elsewhere (ledger entries, leases) is noted in the field
+-- `pending` by the same HSET, done right afterwards and struck out. Redis never rolls back: should a script fail half
+-- way, the next one finishes its work first, whichever operation it carries. Every key was read or written before, so
+-- none has a wrong type.
+
+for position = 1, #windows do
+  local window = windows[position]
+  if window.changed then
+    local size = #words
+    words[size + 1], words[size + 2] = window.field, to_bytes(WINDOW, window.last_ms + window.span_ms, window.settled,
+      window.held, window.first_ms, window.last_ms, window.last_settled, window.last_held)
+    if window.new_log then words[size + 3], words[size + 4] = 'l' .. sub(window.field, 2), window.new_log end
+  end
+end
+if #words > 2 or following or set_back then
+  words[2] = to_bytes(HEAD, now_ms, server_ms, number, epoch, due_ms, ended_ms) .. layout
+  if following then
+    following[#following + 1] = {'HDEL', state_key, 'pending'}
+    local lines = {nil, nil, nil, nil}
+    for at, command in ipairs(following) do lines[at] = table.concat(command, '\31') end
+    words[#words + 1] = 'pending'
+    words[#words + 1] = table.concat(lines, '\31\30') .. '\31'
+  end
+  call('HSET', state_key, unpack(words))
+  if following then
+    for _, command in ipairs(following) do call(unpack(command)) end
+  end
+end
