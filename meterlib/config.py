@@ -16,7 +16,7 @@ from msgspec import inspect
 from meterlib.core.policy import Limit, Policy, Tenant, nearest
 from meterlib.errors import PolicyError
 from meterlib.meter import AsyncMeter, Meter
-from meterlib.settings import GatewaySettings, TenantSettings, check_tenants
+from meterlib.settings import BillingSettings, GatewaySettings, TenantSettings, check_tenants
 from meterlib.store.connect import SCHEMES
 from meterlib.store.drivers import Clock, StoreOptions
 from meterlib.store.embedded import parse_embedded_url
@@ -77,6 +77,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         limit: the tables `[[limit]]`.
         tenant: the tables `[[tenant]]`.
         gateway: the table `[gateway]`.
+        billing: the table `[billing]`.
 
     Raises:
         PolicyError: with the path of the setting, what was found, and what is allowed.
@@ -84,6 +85,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     store: StoreSettings = StoreSettings()
     gateway: GatewaySettings = GatewaySettings()
+    billing: BillingSettings = BillingSettings()
     preset: str | None = None
     limit: list[Limit] = []
     tenant: list[TenantSettings] = []
@@ -133,7 +135,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         store, limits = _from_folder(config.store, folder), [_as_in_code(own) for own in config.limit]
         key_file = config.gateway.key_file and os.path.normpath(folder / Path(config.gateway.key_file).expanduser())
         gateway = msgspec.structs.replace(config.gateway, key_file=key_file)
-        return msgspec.structs.replace(config, store=store, limit=limits, gateway=gateway)
+        book = config.billing.book and os.path.normpath(folder / Path(config.billing.book).expanduser())
+        billing = msgspec.structs.replace(config.billing, book=book)
+        return msgspec.structs.replace(config, store=store, limit=limits, gateway=gateway, billing=billing)
 
     @classmethod
     def find(cls, path: str | os.PathLike[str] | None = None) -> Config:

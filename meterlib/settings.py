@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from meterlib.core.checks import ATTRIBUTES_MAX, check_attributes, check_tenant, shown
+from meterlib.core.money import fraction_of
 from meterlib.core.policy import Tenant
 from meterlib.errors import InvalidInput, PolicyError
 
@@ -33,11 +34,58 @@ class TenantSettings(Tenant, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         tokens: hashes of the tokens that its callers show, as `meterlib token new` prints them.
         upstream_key_env: the environment variable with the provider's key for its calls; by default the gateway's.
         models: names or patterns with `*` of the models it may use; by default those of the gateway.
+        discount: off the list price of its hosted calls, such as `"10%"`; by default that of `[billing]`.
+        markup: on what the discount left; by default that of `[billing]`.
+        platform_fee: on the list price of calls with its own key; by default that of `[billing]`.
     """
 
     tokens: Sequence[str] = ()
     upstream_key_env: str | None = None
     models: Sequence[str] = ()
+    discount: str | None = None
+    markup: str | None = None
+    platform_fee: str | None = None
+
+
+class BillingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The table `[billing]`: at what prices usage is rated.
+
+    Attributes:
+        book: a file with prices of one's own, which go before all others; `meterlib prices import` writes it.
+        fallback: where prices are looked up that neither that book nor the one that comes with meterlib has:
+            `genai-prices`, if it is installed, or `none`.
+        discount: off the list price of hosted calls, such as `"10%"`, for tenants that have none of their own.
+        markup: on what the discount left.
+        platform_fee: on the list price of calls with a tenant's own key.
+        upstream_discount: off the list price, of what the provider takes from you.
+    """
+
+    book: str | None = None
+    fallback: Literal["genai-prices", "none"] = "genai-prices"
+    discount: str = "0%"
+    markup: str = "0%"
+    platform_fee: str = "0%"
+    upstream_discount: str = "0%"
+
+    def __post_init__(self) -> None:
+        if self.book is not None and not str(self.book).strip():
+            raise PolicyError("billing.book", "the name of a file is needed; leave the setting out for none")
+        if self.fallback not in ("genai-prices", "none"):
+            raise PolicyError("billing.fallback", f"{shown(self.fallback)} is not one of genai-prices, none")
+        for name in (*_TERMS, "upstream_discount"):
+            _check_percent(getattr(self, name), f"billing.{name}", name)
+
+
+_TERMS = ("discount", "markup", "platform_fee")
+
+
+def _check_percent(percent: str, path: str, name: str) -> None:
+    try:
+        fraction = fraction_of(percent)
+    except ValueError as error:
+        raise PolicyError(path, str(error)) from None
+    if fraction > 1 and name.endswith("discount"):
+        raise PolicyError(path, f"a discount is at most 100%, not {shown(percent)}")
 
 
 class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -179,6 +227,9 @@ def check_tenants(tenants: Sequence[TenantSettings]) -> None:
             if token in owners:
                 raise PolicyError(f"{path}.tokens[{position}]", f"is a token of tenant[{owners[token]}] already")
             owners[token] = at
+        for name in _TERMS:
+            if getattr(tenant, name) is not None:
+                _check_percent(getattr(tenant, name), f"{path}.{name}", name)
         _check_patterns(tenant.models, f"{path}.models")
         if tenant.upstream_key_env is not None:
             _check_environment_name(tenant.upstream_key_env, f"{path}.upstream_key_env")

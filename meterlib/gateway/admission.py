@@ -31,11 +31,12 @@ class Background:
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[object]] = set()
 
-    def spawn(self, step: Coroutine[Any, Any, object]) -> None:
-        """Run it some time soon."""
+    def spawn(self, step: Coroutine[Any, Any, object]) -> asyncio.Task[object]:
+        """Run it some time soon; whoever waits for it may be interrupted, and it is not."""
         task = asyncio.ensure_future(step)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def idle(self) -> None:
         """Wait until nothing is left."""

@@ -18,6 +18,10 @@ from meterlib.gateway.headers import Headers
 RETRY_AFTER_S_MAX = 60
 """Claude Code gives up at 61, and old SDKs come back at once."""
 
+RESOLUTION_S = 1
+"""So much longer than a minute may a window of a minute take, since it forgets in steps. Who then comes back too early
+is told to wait for a second more, which is better than to be given up."""
+
 _JITTER = 0.2
 _random = Random()  # only spreads retries; nothing depends on it being hard to guess
 _SPANS = {"hour": "this hour", "day": "today", "week": "this week", "month": "this month"}
@@ -75,7 +79,7 @@ def denied(error: QuotaExceeded, limits: Mapping[str, Limit], random: Random = _
         headers = [("x-should-retry", "false"), ("retry-after", str(wait_s))]
         return Refusal(429, "billing_error", message, headers, error_code="budget_exhausted")
     message = f"{first.name}: this call would exceed {what}; {first.used:,} are used, {first.requested:,} asked for"
-    if wait_s > RETRY_AFTER_S_MAX:
+    if wait_s > RETRY_AFTER_S_MAX + RESOLUTION_S:
         headers = [("x-should-retry", "false"), ("retry-after", str(wait_s))]
         return Refusal(429, "rate_limit_error", f"{message}; it passes in {wait_s:,} s", headers)
     wait_s = min(RETRY_AFTER_S_MAX, wait_s + random.randint(0, int(wait_s * _JITTER)))

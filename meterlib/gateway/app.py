@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 import asyncio
-import math
-import re
 import time
 import traceback
-from collections import OrderedDict, deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Self
 
-import msgspec
 import structlog
 from msgspec.structs import replace
 
-from meterlib.core.checks import ATTRIBUTE_BYTES_MAX, check_attributes
+from meterlib.core.checks import ATTRIBUTE_BYTES_MAX
 from meterlib.core.policy import Policy
-from meterlib.errors import InvalidInput, MeterError, PolicyError, QuotaExceeded, StoreError
+from meterlib.errors import MeterError, PolicyError, QuotaExceeded, StoreError
 from meterlib.gateway.admission import Admission, Background
-from meterlib.gateway.answers import RETRY_AFTER_S_MAX, Refusal, filtered_models
+from meterlib.gateway.answers import Refusal, filtered_models
 from meterlib.gateway.call import Call, Outgoing
 from meterlib.gateway.callers import Caller, Callers
-from meterlib.gateway.encodings import TooLarge, Unreadable, decoder_for
 from meterlib.gateway.estimate import CacheAwareEstimator, Estimator
-from meterlib.gateway.exchange import BodyLate, BodyTooLarge, ClientGone, Exchange
-from meterlib.gateway.headers import Headers, for_client, for_upstream, value_of, without
+from meterlib.gateway.exchange import ClientGone, Exchange
+from meterlib.gateway.free import Pace, whole_answer
+from meterlib.gateway.headers import Headers, for_client, without
 from meterlib.gateway.metering import NOTHING, Metering
-from meterlib.gateway.prompt import Prompt, prompt_of
-from meterlib.gateway.upstream import Answer, NoAnswer, NotSent, Upstream
+from meterlib.gateway.reading import (
+    MESSAGES,
+    Invalid,
+    attributes_of,
+    body_of,
+    check_head,
+    check_model,
+    check_route,
+    model_in,
+    outgoing,
+    prompt_in,
+)
+from meterlib.gateway.upstream import Upstream
 from meterlib.meter import AsyncMeter
 from meterlib.settings import GatewaySettings
 
@@ -46,12 +53,6 @@ NEEDS_RESTART = (
 """Settings that are looked at when the gateway starts, and not again."""
 
 TEND_S = 1.0
-MODELS_BYTES_MAX = 4 << 20
-HEAD_BYTES_MAX = 16 << 10
-HEADERS_MAX = 64
-_MODEL_PATH = re.compile(r"/v1/models/(?!\.{1,2}$)([A-Za-z0-9._:@-]{1,256})")
-_PACED_TENANTS_MAX = 10_000
-
 log = structlog.get_logger("meterlib.gateway")
 
 
@@ -89,7 +90,7 @@ class Gateway:
         self._calls: set[Call] = set()
         self._background = Background()
         self._admission = Admission(meter, estimator or CacheAwareEstimator(now_s), self._background)
-        self._paces: OrderedDict[str, deque[float]] = OrderedDict()
+        self._pace = Pace(now_s)
         self._handling: set[asyncio.Task[Any] | None] = set()
         self._in_calls: set[asyncio.Task[Any] | None] = set()
         self._closing = False
@@ -127,44 +128,34 @@ class Gateway:
 
     async def _route(self, exchange: Exchange) -> None:
         method, path = exchange.method, exchange.path
-        if len(exchange.headers) > HEADERS_MAX or _head_bytes(exchange) > HEAD_BYTES_MAX:
-            message = f"the head of a request may have at most {HEADERS_MAX} headers and {HEAD_BYTES_MAX:,} bytes"
-            raise Refusal(431, "invalid_request_error", message)
+        check_head(exchange)
         if path in ("/healthz", "/readyz") and method in ("GET", "HEAD"):
             return await self._tell_health(exchange, ready=path == "/readyz")
         base = self.settings.base_path
         inside = path[len(base) :] if path.startswith(base) else ""
         if method == "HEAD" and inside in ("", "/", "/api/hello") and path.startswith(base):
             return await self._answer(exchange, 200, b"")
-        model = _MODEL_PATH.fullmatch(inside)
-        routes = {"/v1/messages": "POST", "/v1/messages/count_tokens": "POST", "/v1/models": "GET"}
-        expected = "GET" if model else routes.get(inside)
-        if expected is None:
-            raise Refusal(404, "not_found_error", "there is no such path here")
-        if method != expected:
-            raise Refusal(405, "invalid_request_error", f"this path takes {expected}", [("allow", expected)])
+        check_route(method, inside)
         if self._closing:
             raise Refusal(503, "api_error", "the gateway is about to stop; try again", [("retry-after", "1")])
         caller = self.callers.caller_of(exchange.headers)
-        if model:
-            return await self._one_model(exchange, caller, inside, model[1])
-        if inside == "/v1/models":
+        if method == "GET":
             return await self._models(exchange, caller, inside)
-        body = await self._body_of(exchange)
-        if inside == "/v1/messages":
+        body = await body_of(exchange, self.settings)
+        if inside == MESSAGES:
             return await self._message(exchange, caller, inside, body)
         return await self._count_tokens(exchange, caller, inside, body)
 
     async def _message(self, exchange: Exchange, caller: Caller, path: str, body: bytes) -> None:
         try:
-            prompt = self._prompt_of(exchange, caller, body)
-        except _Invalid as refusal:
+            prompt = prompt_in(exchange, caller, body, self.settings.body_bytes_max)
+        except Invalid as refusal:
             await self._count_invalid(exchange, caller, refusal)
             raise
-        request, dropped = self._outgoing(exchange, caller, path, body)
+        request, dropped = outgoing(exchange, caller, path, body, self.settings)
         metering = await self._admission.admit(
             caller.tenant,
-            self._attributes(exchange, caller, prompt.model),
+            attributes_of(exchange, caller, prompt.model, self.settings),
             prompt,
             funding=caller.funding,
             lease_ms=self.settings.lease_ms,
@@ -173,7 +164,8 @@ class Gateway:
         if dropped:
             metering.facts["betas_dropped"] = ",".join(dropped)[:ATTRIBUTE_BYTES_MAX]
         if exchange.gone:
-            return await metering.cancel()
+            self._background.spawn(metering.cancel())
+            return None
         limits = self._admission.limit_headers(metering.reservation.limits)
         return await self._run(exchange, caller, request, metering, limits)
 
@@ -207,66 +199,23 @@ class Gateway:
     async def _count_tokens(self, exchange: Exchange, caller: Caller, path: str, body: bytes) -> None:
         """Counting is free, and has a pace of its own: Claude Code counts 25 times at once."""
         if caller.models:
-            self._prompt_of(exchange, caller, body)
-        self._pace(caller.tenant)
-        request, _ = self._outgoing(exchange, caller, path, body)
-        await self._run(exchange, caller, request, None)
-
-    def _pace(self, tenant: str) -> None:
-        quota = self.settings.count_tokens_per_minute
-        now_s = self._now_s()
-        pace = self._paces.setdefault(tenant, deque())
-        self._paces.move_to_end(tenant)
-        if len(self._paces) > _PACED_TENANTS_MAX:
-            self._paces.popitem(last=False)
-        while pace and pace[0] <= now_s - 60:
-            pace.popleft()
-        message = f"this call would exceed {quota:,} calls of count_tokens per minute"
-        if not quota:
-            raise Refusal(429, "rate_limit_error", message, [("x-should-retry", "false")])
-        if len(pace) >= quota:
-            wait_s = min(RETRY_AFTER_S_MAX, max(1, math.ceil(pace[0] + 60 - now_s)))
-            raise Refusal(429, "rate_limit_error", message, [("retry-after", str(wait_s))])
-        pace.append(now_s)
-
-    async def _one_model(self, exchange: Exchange, caller: Caller, path: str, model: str) -> None:
-        if not caller.may_use(model):
-            raise Refusal(404, "not_found_error", f"model: {model}")
-        request, _ = self._outgoing(exchange, caller, path, None)
+            prompt_in(exchange, caller, body, self.settings.body_bytes_max)
+        self._pace.check(caller.tenant, self.settings.count_tokens_per_minute)
+        request, _ = outgoing(exchange, caller, path, body, self.settings)
         await self._run(exchange, caller, request, None)
 
     async def _models(self, exchange: Exchange, caller: Caller, path: str) -> None:
-        request, _ = self._outgoing(exchange, caller, path, None)
-        if not caller.models:
+        request, _ = outgoing(exchange, caller, path, None, self.settings)
+        model = model_in(path)
+        if model is not None:
+            check_model(caller, model)
+        if model is not None or not caller.models:
             return await self._run(exchange, caller, request, None)
-        answer, body = await self._whole_answer(request)
+        answer, body = await whole_answer(self._upstream, request)
         headers = without(for_client(answer.headers, keep_limits=False), "content-length")
         if answer.status == 200:
             body = filtered_models(body, caller.may_use)
         return await self._answer(exchange, answer.status, body, headers)
-
-    async def _whole_answer(self, request: Outgoing) -> tuple[Answer, bytes]:
-        """What the provider answers, if that is no more than a list of models can have."""
-        try:
-            answer = await self._upstream.send(*request)
-            try:
-                pieces, size = [], 0
-                async for chunk in answer.chunks():
-                    size += len(chunk)
-                    if size > MODELS_BYTES_MAX:
-                        raise Refusal(502, "api_error", "the provider's list of models is too large")
-                    pieces.append(chunk)
-            finally:
-                answer.close()
-        except NotSent:
-            raise Refusal(502, "api_error", "the provider cannot be reached") from None
-        except NoAnswer as error:
-            if error.timed_out:
-                raise Refusal(504, "timeout_error", "the provider took too long to answer") from None
-            raise Refusal(502, "api_error", "the provider gave no answer") from None
-        if 300 <= answer.status < 400:
-            raise Refusal(502, "api_error", "the provider answered with a redirect, which is never followed")
-        return answer, b"".join(pieces)
 
     async def _tell_health(self, exchange: Exchange, *, ready: bool) -> None:
         """`/healthz`: the process answers. `/readyz`: it also takes calls, and its store answers."""
@@ -280,76 +229,13 @@ class Gateway:
                 raise Refusal(503, "api_error", "the store does not answer") from None
         await self._answer(exchange, 200, b'{"status":"ok"}', [("content-type", "application/json")])
 
-    # ── Parts of a request ────────────────────────────────────────────────────────────────────────────────────────────
-
-    async def _body_of(self, exchange: Exchange) -> bytes:
-        settings = self.settings
-        try:
-            return await exchange.body(settings.body_bytes_max, settings.body_timeout_ms)
-        except BodyTooLarge:
-            message = f"a request may have at most {settings.body_bytes_max:,} bytes"
-            raise Refusal(413, "request_too_large", message) from None
-        except BodyLate:
-            raise Refusal(408, "timeout_error", "the request took too long to arrive") from None
-
-    def _prompt_of(self, exchange: Exchange, caller: Caller, body: bytes) -> Prompt:
-        """What the body says.
-
-        Raises:
-            Refusal: it makes no sense (`_Invalid`), or its model is none that the caller may use.
-        """
-        plain = self._readable(exchange, body)
-        try:
-            prompt = prompt_of(plain)
-            check_attributes({"model": prompt.model}, "body")
-        except InvalidInput as error:
-            raise _Invalid(400, "invalid_request_error", str(error)) from None
-        if caller.models and not _says_each_once(plain):
-            raise _Invalid(400, "invalid_request_error", "body: a field is there twice, or its name is escaped")
-        if not caller.may_use(prompt.model):
-            raise Refusal(404, "not_found_error", f"model: {prompt.model}")
-        return prompt
-
-    def _readable(self, exchange: Exchange, body: bytes) -> bytes:
-        encoding = value_of(exchange.headers, "content-encoding")
-        if encoding is None:
-            return body
-        try:
-            return decoder_for(encoding, self.settings.body_bytes_max).feed(body)
-        except TooLarge:
-            message = f"a request may have at most {self.settings.body_bytes_max:,} bytes when decompressed"
-            code = "request_body_too_large_after_decoding"
-            raise _Invalid(413, "request_too_large", message, error_code=code) from None
-        except Unreadable as error:
-            code = "request_body_encoding_unsupported"
-            raise _Invalid(400, "invalid_request_error", f"content-encoding: {error}", error_code=code) from None
-
-    def _outgoing(
-        self, exchange: Exchange, caller: Caller, path: str, body: bytes | None
-    ) -> tuple[Outgoing, list[str]]:
-        headers, dropped = for_upstream(exchange.headers, caller.credential, self.settings.betas)
-        return Outgoing(exchange.method, path, exchange.query, headers, body), dropped
-
-    def _attributes(self, exchange: Exchange, caller: Caller, model: str | None) -> dict[str, str]:
-        """The facts of a call; a header that cannot be one is passed over, since it must not fail a call."""
-        attributes = {"provider": self.settings.provider, "key": caller.key}
-        if model is not None:
-            attributes["model"] = model
-        for name, header in self.settings.attributes.items():
-            value = value_of(exchange.headers, header.lower())
-            if value is not None:
-                try:
-                    check_attributes({name: value})
-                except InvalidInput:
-                    continue
-                attributes[name] = value
-        return attributes
+    # ── What is refused ───────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _count_invalid(self, exchange: Exchange, caller: Caller, refusal: Refusal) -> None:
         """A request that makes no sense counts as one, or else nothing would limit those who send nothing else."""
         if not self.settings.count_invalid_requests:
             return
-        attributes = self._attributes(exchange, caller, None)
+        attributes = attributes_of(exchange, caller, None, self.settings)
         try:
             held = await self.meter.reserve(caller.tenant, attributes, NOTHING, funding=caller.funding)
             facts = {"status": str(refusal.status), "end": "invalid", "request_id": exchange.request_id}
@@ -437,20 +323,3 @@ class Gateway:
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
-
-
-class _Invalid(Refusal):
-    """The request makes no sense, whoever sent it."""
-
-
-def _head_bytes(exchange: Exchange) -> int:
-    return len(exchange.path) + len(exchange.query) + sum([len(name) + len(value) for name, value in exchange.headers])
-
-
-def _says_each_once(body: bytes) -> bool:
-    """Whether no field of a JSON object is there twice: the provider might go by the other one.
-
-    Decoding keeps one of each name, and so makes the text shorter; escapes in names do that too.
-    """
-    kept = msgspec.json.encode(msgspec.json.decode(body, type=dict[str, msgspec.Raw]))
-    return len(msgspec.json.format(kept, indent=-1)) == len(msgspec.json.format(body, indent=-1))

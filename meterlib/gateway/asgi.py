@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Mutable
 from contextlib import asynccontextmanager, suppress
 from typing import Any, NamedTuple
 
+from meterlib.core.checks import check_attributes
 from meterlib.core.policy import Funding
 from meterlib.errors import InvalidInput
 from meterlib.gateway.admission import Admission, Background
@@ -227,14 +228,18 @@ class MeteringMiddleware:
             await self._app(scope, _replayed(body, receive), answer.send)
         except BaseException:
             # Whatever it was, a cancelled task too: what was used until then is booked.
-            await asyncio.shield(asyncio.ensure_future(metering.settle(answer.end(failed=True))))
+            await self._settle(metering, answer.end(failed=True))
             raise
-        return await metering.settle(answer.end(failed=False))
+        return await self._settle(metering, answer.end(failed=False))
+
+    async def _settle(self, metering: Metering, end: End) -> None:
+        await asyncio.wait([self._background.spawn(metering.settle(end))])
 
     async def _admit(self, who: Who, receive: Receive) -> tuple[bytes, Metering]:
         try:
             body = await _read_body(receive, self._body_bytes_max)
             prompt = prompt_of(body)
+            check_attributes({"model": prompt.model}, "body")
         except BodyTooLarge:
             message = f"a request may have at most {self._body_bytes_max:,} bytes"
             raise Refusal(413, "request_too_large", message) from None

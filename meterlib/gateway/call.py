@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
 from meterlib.gateway.answers import Refusal
@@ -15,8 +14,8 @@ from meterlib.gateway.upstream import Answer, NoAnswer, NotSent, Upstream
 from meterlib.settings import GatewaySettings
 
 PING = b'event: ping\ndata: {"type": "ping"}\n\n'
-SETTLE_WAIT_S = 0.25
-"""How long the end of an answer waits for the settlement, so that whoever has read it finds it booked."""
+BOOKING_WAIT_S = 0.25
+"""How long the end of an answer waits for the store, so that whoever has read it finds it booked."""
 
 
 class Outgoing(NamedTuple):
@@ -70,7 +69,8 @@ class Call:
         self._now_s = now_s
         self._task = asyncio.current_task()
         self._stopped: End | None = None
-        self._pinging: asyncio.Task[None] | None = None
+        self._booking: asyncio.Task[object] | None = None
+        self._pinging: asyncio.Task[object] | None = None
         self._started_s = self._renewed_s = self._heard_s = now_s()
         self._writing_s: float | None = None
         self._give_up_s: float | None = None
@@ -84,26 +84,35 @@ class Call:
             Refusal: there is no answer, and the client is to be told so.
         """
         try:
-            end = await self._converse(upstream)
-        except NotSent:
-            if self._metering:
-                await self._metering.cancel()
-            raise Refusal(502, "api_error", "the provider cannot be reached") from None
-        except NoAnswer as error:
-            await self._settle("no_answer")
-            if error.timed_out:
-                raise Refusal(504, "timeout_error", "the provider took too long to answer") from None
-            raise Refusal(502, "api_error", "the provider gave no answer") from None
+            await self._pass_on(upstream)
         except asyncio.CancelledError:
-            return await self._end_early()
-        await self._settle(end)
-        return await self._finish(complete=end in ("complete", "refused", "error_event"))
+            await self._end_early()
+        finally:
+            if self._pinging:
+                self._pinging.cancel()
 
     def stop(self, end: End) -> None:
         """The call is given up: it is settled with what is known, and ends."""
         if self._stopped is None and self._task:
             self._stopped = end
             self._task.cancel()
+
+    async def _pass_on(self, upstream: Upstream) -> None:
+        try:
+            end = await self._converse(upstream)
+        except NotSent:
+            await self._cancel()
+            raise Refusal(502, "api_error", "the provider cannot be reached") from None
+        except NoAnswer as error:
+            await self._settle("no_answer")
+            if error.timed_out:
+                raise Refusal(504, "timeout_error", "the provider took too long to answer") from None
+            raise Refusal(502, "api_error", "the provider gave no answer") from None
+        await self._settle(end)
+        if end in ("complete", "refused", "error_event"):
+            await self._to_client(self._exchange.finish)
+        else:
+            self._exchange.close()
 
     async def _converse(self, upstream: Upstream) -> End:
         answer = await upstream.send(*self._request)
@@ -118,70 +127,76 @@ class Call:
             answer.close()
 
     async def _end_early(self) -> None:
-        """Stopped by `stop`, or by a server that ends its tasks; the settlement must not be stopped with it."""
-        settling = asyncio.ensure_future(self._settle(self._stopped or "client_gone"))
+        """Stopped by `stop`, or by a server that ends its tasks, at any point: also when all is settled already."""
+        end = self._stopped or ("client_gone" if self._exchange.gone else "shutdown")
         self._exchange.close()
-        await asyncio.shield(settling)
-        if self._stopped is None or self._task is None:
-            raise asyncio.CancelledError
-        self._task.uncancel()
+        await self._settle(end)
+        if self._stopped is None or self._task is None or self._task.uncancel():
+            raise asyncio.CancelledError  # somebody else wants this task to end
 
     async def _settle(self, end: End) -> None:
-        if self._metering is None:
-            return
-        if self._client_left:
-            self._metering.facts["client"] = "gone"
-        try:
-            async with asyncio.timeout(SETTLE_WAIT_S):
-                await self._metering.settle(end)
-        except TimeoutError:
-            self._spawn(self._metering.settle(end))  # the same again: it is booked once
+        if self._metering and self._booking is None:
+            if self._client_left:
+                self._metering.facts["client"] = "gone"
+            self._booking = self._spawn(self._metering.settle(end))
+        await self._booked()
 
-    async def _finish(self, complete: bool) -> None:
-        if not complete:
-            self._exchange.close()
-        elif not self._client_left:
-            with suppress(ClientGone):
-                await self._exchange.finish()
+    async def _cancel(self) -> None:
+        if self._metering:
+            self._booking = self._spawn(self._metering.cancel())
+        await self._booked()
+
+    async def _booked(self) -> None:
+        """Wait for the store, but not for long. It is a task of its own, so nothing that happens here interrupts it."""
+        if self._booking:
+            await asyncio.wait([self._booking], timeout=BOOKING_WAIT_S)
 
     # ── The answer ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _relay(self, answer: Answer) -> End:
         """Pass the answer on; every piece goes to the client first."""
-        metering = self._metering
-        await self._to_client(self._exchange.start(answer.status, self._headers_of(answer)))
+        await self._to_client(self._exchange.start, answer.status, self._headers_of(answer))
         try:
             async for chunk in answer.chunks():
-                if self._give_up_s is None:
-                    await self._to_client(self._exchange.write(chunk))
-                if metering:
-                    metering.take(chunk)
+                await self._to_client(self._exchange.write, chunk)
+                if self._metering:
+                    self._metering.take(chunk)
                 self._heard_s = self._now_s()
                 if self._give_up_s is not None and self._heard_s >= self._give_up_s:
                     return "client_gone"
         except NoAnswer:
-            return "cut"
-        if answer.status >= 400:
-            return "refused"
+            return self._end_of(answer, broken=True)
+        return self._end_of(answer, broken=False)
+
+    def _end_of(self, answer: Answer, *, broken: bool) -> End:
+        """A stream says itself when it is over: whether its connection was closed in order says nothing."""
+        metering = self._metering
         if metering and metering.streams:
             metering.end()
             return "complete" if metering.finished else "error_event" if metering.error else "cut"
-        return "complete"
+        if broken:
+            return "cut"
+        return "refused" if answer.status >= 400 else "complete"
 
     def _headers_of(self, answer: Answer) -> list[tuple[str, str]]:
         headers = for_client(answer.headers, keep_limits=self._keeps_limits and not self._limit_headers)
-        if (value_of(headers, "content-type") or "").startswith("text/event-stream"):
+        if (value_of(headers, "content-type") or "").lower().startswith("text/event-stream"):
             # A stream may get pings of ours, and nothing on its way may hold it back.
             headers = without(headers, "content-length", "cache-control")
             headers += [("cache-control", "no-cache"), ("x-accel-buffering", "no")]
         return [*headers, *self._limit_headers]
 
-    async def _to_client(self, step: Coroutine[Any, Any, None]) -> None:
+    async def _to_client(self, step: Callable[..., Awaitable[None]], *parts: Any) -> None:
+        """Send something after what is just being sent, and nothing any more once the client has left."""
         if self._pinging:
-            await self._pinging
+            await asyncio.wait([self._pinging])
+        if not self._client_left:
+            await self._send(step, *parts)
+
+    async def _send(self, step: Callable[..., Awaitable[None]], *parts: Any) -> None:
         self._writing_s = self._now_s()
         try:
-            await step
+            await step(*parts)
         except ClientGone:
             self._leave()
         finally:
@@ -217,15 +232,14 @@ class Call:
 
     def _ping(self, metering: Metering) -> None:
         """Keep a silent stream alive: between events only, and never before its head or behind its end."""
-        fits = self._exchange.started and metering.between_events and not metering.finished
+        over = metering.finished or metering.error or self._booking
+        fits = self._exchange.started and metering.between_events and not over
         if fits and self._writing_s is None and not self._client_left and not self._pinging:
             self._heard_s = self._now_s()
-            self._pinging = asyncio.ensure_future(self._write_ping())
+            self._pinging = self._spawn(self._send_ping())
 
-    async def _write_ping(self) -> None:
+    async def _send_ping(self) -> None:
         try:
-            await self._exchange.write(PING)
-        except ClientGone:
-            self._leave()
+            await self._send(self._exchange.write, PING)
         finally:
             self._pinging = None

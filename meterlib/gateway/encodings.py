@@ -10,6 +10,7 @@ from typing import Any, Protocol
 PIECE_BYTES = 1 << 16
 """How much is decompressed at a time, so that a small piece of input cannot fill the memory."""
 
+ZLIB_HEAD_BYTES = 2
 MEMBER_BYTES = 4096
 """What a further gzip member or zstd frame counts as at least: millions of empty ones are no answer either."""
 
@@ -84,8 +85,13 @@ class _Zlib(_Counted):
         self._bits = 15 if deflate else 31
         self._undo = zlib.decompressobj(self._bits)
         self._may_be_raw = deflate
+        self._begin = b""
 
     def _fed(self, data: bytes) -> bytes:
+        if self._may_be_raw:
+            data = self._begin = self._begin + data
+            if len(data) < ZLIB_HEAD_BYTES:
+                return b""  # it takes that much to see which of the two it is
         found, more = [], True
         while data or more:
             piece, data = self._take(data)
@@ -119,9 +125,9 @@ class _Brotli(_Counted):
     def _fed(self, data: bytes) -> bytes:
         found = []
         try:
-            while data or not self._undo.can_accept_more_data():
-                found.append(self._count(self._undo.process(data, output_buffer_limit=PIECE_BYTES)))
-                data = b""
+            while piece := self._undo.process(data, output_buffer_limit=PIECE_BYTES):
+                found.append(self._count(piece))
+                data = b""  # it keeps what it has not come to, also where it would accept more
         except self._error as error:
             raise Unreadable(str(error)) from None
         return b"".join(found)

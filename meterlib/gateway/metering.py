@@ -13,14 +13,14 @@ from meterlib.core.checks import ATTRIBUTE_BYTES_MAX
 from meterlib.core.ledger import Quality, counts_of
 from meterlib.core.usage import Usage, amount_of
 from meterlib.errors import MeterError, StoreError
-from meterlib.gateway.encodings import Decoder, TooLarge, Unreadable, decoder_for
+from meterlib.gateway.encodings import Decoder, Unreadable, decoder_for
 from meterlib.gateway.estimate import Estimate, Estimator
 from meterlib.gateway.headers import Headers, value_of
 from meterlib.gateway.sse import UsageMessage, UsageStream
 from meterlib.meter import AsyncReservation
 
-Spawn = Callable[[Coroutine[Any, Any, object]], object]
-"""Runs a coroutine that nobody waits for."""
+Spawn = Callable[[Coroutine[Any, Any, object]], asyncio.Task[object]]
+"""Runs a coroutine, whoever waits for it."""
 
 ANSWER_BYTES_MAX = 1 << 30
 """An answer that decompresses to more is no answer; its usage stays as it was known until then."""
@@ -68,7 +68,7 @@ class Metering:
         self._refused = False
         self._plain = False
         self._revising: asyncio.TimerHandle | None = None
-        self._outcome: tuple[Usage, Quality] | None = None
+        self._outcome: tuple[Usage, Quality, dict[str, str]] | None = None
 
     @property
     def streams(self) -> bool:
@@ -116,7 +116,7 @@ class Metering:
             return
         try:
             reader.feed(self._decoder.feed(chunk))
-        except (TooLarge, Unreadable) as error:
+        except Exception as error:  # whatever it is: the client has its bytes, and is to have the next ones too
             self._unreadable(error)
         if reader.started and self._revising is None:
             # A short answer is over before that, and its settlement says the same.
@@ -150,26 +150,36 @@ class Metering:
             self._outcome = self._conclude(end)
             if self._revising:
                 self._revising.cancel()
-        usage, quality = self._outcome
+        usage, quality, facts = self._outcome
         try:
-            await self.reservation.settle(usage, quality=quality, facts=self.facts)
-        except (MeterError, OSError) as error:
+            await self.reservation.settle(usage, quality=quality, facts=facts)
+        except Exception as error:
             fields = {"tenant": self.reservation.tenant, "reservation_id": self.reservation.id}
             log.error("settlement.lost", usage=counts_of(usage), quality=quality, error=str(error), **fields)
 
-    def _conclude(self, end: End) -> tuple[Usage, Quality]:
+    def _conclude(self, end: End) -> tuple[Usage, Quality, dict[str, str]]:
+        """What is booked, once and for all: told again with any other fact, it would contradict itself."""
         self.facts["end"] = end
+        usage, quality = self._result()
+        return usage, quality, dict(self.facts)
+
+    def _result(self) -> tuple[Usage, Quality]:
         if self._refused:
             return NOTHING, "final"
         if self._reader is None:
             return Usage(), "estimated"
-        if end == "complete" or self.streams:
-            self.end()
+        self.end()
         self._keep("model", self._reader.model if self._reader.model != self._model else None)
         usage, quality = self._reader.usage, self._reader.quality
         if self._reader.finished and quality != "estimated":
-            self._estimator.learn(self._estimate, usage)
+            self._learn(usage)
         return usage, quality
+
+    def _learn(self, usage: Usage) -> None:
+        try:
+            self._estimator.learn(self._estimate, usage)
+        except Exception as error:  # it may be anybody's, and must not keep the call from being settled
+            log.error("estimator.failed", tenant=self.reservation.tenant, error=repr(error))
 
     def _keep(self, name: str, value: str | None) -> None:
         """Note a fact that the provider told, if it can be one."""
@@ -178,7 +188,7 @@ class Metering:
 
     def _unreadable(self, error: Exception) -> None:
         self._decoder = None
-        log.warning("answer.unreadable", tenant=self.reservation.tenant, error=str(error) or "it is too large")
+        log.warning("answer.unreadable", tenant=self.reservation.tenant, error=str(error) or type(error).__name__)
 
     async def _quietly(self, step: Awaitable[object]) -> None:
         try:

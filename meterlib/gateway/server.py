@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
+import struct
 from contextlib import suppress
 from typing import Any, Self
 
@@ -75,7 +77,7 @@ class Server:
         await self._runner.cleanup()
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        exchange = _Exchange(request)
+        exchange = _Exchange(request, self.gateway.settings.write_timeout_ms / 1000)
         problem = _problem_of(request)
         if problem:
             exchange.response = _refused(400, problem)
@@ -143,7 +145,7 @@ def _refused(status: int, problem: str) -> web.Response:
 class _Exchange:
     """A request of aiohttp's server, as the gateway wants it."""
 
-    def __init__(self, request: web.BaseRequest) -> None:
+    def __init__(self, request: web.BaseRequest, write_timeout_s: float) -> None:
         self.method = request.method
         path, _, self.query = request.raw_path.partition("#")[0].partition("?")
         # Only paths are known here; the absolute form, for proxies, would name a host.
@@ -153,7 +155,7 @@ class _Exchange:
         self.started = False
         self.response: web.StreamResponse = web.StreamResponse()
         self._request = request
-        self._closed = False
+        self._write_timeout_s = write_timeout_s
 
     @property
     def gone(self) -> bool:
@@ -215,13 +217,28 @@ class _Exchange:
 
     def close(self) -> None:
         transport = self._request.transport
-        if transport:
+        if transport is None:
+            return
+        if self.started and self._request.version < HttpVersion11:
+            # To HTTP/1.0, such as some proxies speak, the end of a connection is the end of an answer: only a reset
+            # tells the one from the other.
+            _reset(transport)
+        else:
             transport.close()
+            # It closes when all is sent that waits, which a client that does not read could put off for ever.
+            asyncio.get_running_loop().call_later(self._write_timeout_s, transport.abort)
 
     def abort(self) -> None:
         transport = self._request.transport
         if transport:
             transport.abort()
+
+
+def _reset(transport: asyncio.Transport) -> None:
+    connection = transport.get_extra_info("socket")
+    if connection is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
 
 
 def _quiet_logger() -> logging.Logger:

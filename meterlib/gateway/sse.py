@@ -96,8 +96,9 @@ class EventDecoder:
         if not line:
             return self._take_event()
         field, _, value = line.partition(b":")
-        if field in (b"data", b"event"):
+        if field:
             self._bytes += len(line)
+        if field in (b"data", b"event"):
             if self._bytes > self._event_bytes_max:
                 self._data.clear()
             elif field == b"data":
@@ -159,7 +160,8 @@ class UsageStream:
     def end(self) -> None:
         """What the stream ended with is taken into account, even if it lacks its last line end."""
         for event in self._decoder.end():
-            self._take(event)
+            if _json_object(event.data):  # or else it was cut off in the middle, and nobody can say what it was
+                self._take(event)
 
     @property
     def between_events(self) -> bool:

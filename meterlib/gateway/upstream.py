@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
+from io import BytesIO
 from typing import Self
 
 import aiohttp
@@ -14,6 +15,8 @@ KEEPALIVE_S = 15
 """Shorter than providers' own, so that a request hardly ever meets a connection that is just being closed."""
 
 HEAD_BYTES_MAX = 64 << 10
+WHOLE_BYTES_MAX = 1 << 20
+"""What is written in one go; aiohttp warns of more."""
 
 
 class NotSent(Exception):
@@ -45,18 +48,26 @@ class Answer:
         self.status = response.status
         self.headers = [(name.lower(), value) for name, value in response.headers.items()]
 
-    async def chunks(self) -> AsyncIterator[bytes]:
-        """The body's bytes as they come, not decompressed.
+    def chunks(self) -> Self:
+        """The body's bytes as they come, not decompressed; to be iterated over.
 
-        Raises:
+        Raises (while iterating):
             NoAnswer: the connection broke, or the provider was silent for too long.
         """
-        content = self._response.content
+        return self
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        # No generator: one that is left in the middle would be closed only later, in a task that nobody waits for.
         try:
-            while chunk := await content.readany():
-                yield chunk
+            chunk = await self._response.content.readany()
         except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
             raise NoAnswer(error) from None
+        if not chunk:
+            raise StopAsyncIteration
+        return chunk
 
     def close(self) -> None:
         """The answer is given up, with its connection; nothing happens to one that was read to its end."""
@@ -86,11 +97,14 @@ class Upstream:
         url = URL(f"{self._base}{path}{'?' if query else ''}{query}", encoded=True)
         session = self._session or self._open()
         try:
-            response = await session.request(method, url, headers=headers, data=body, allow_redirects=False)
+            response = await session.request(method, url, headers=headers, data=_in_pieces(body), allow_redirects=False)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise NotSent(str(error) or type(error).__name__) from None
         except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
             raise NoAnswer(error) from None
+        if response.status < 200:
+            response.close()
+            raise NoAnswer(ConnectionError("it wants to speak another protocol"))
         return Answer(response)
 
     def _open(self) -> aiohttp.ClientSession:
@@ -120,3 +134,8 @@ class Upstream:
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
+
+
+def _in_pieces(body: bytes | None) -> BytesIO | bytes | None:
+    """A large body is written piece by piece, so that other calls get their turn in between."""
+    return BytesIO(body) if body is not None and len(body) > WHOLE_BYTES_MAX else body

@@ -277,6 +277,21 @@ def test_an_app_that_fails_midway_has_used_what_it_told() -> None:
     metered(app, use)
 
 
+@pytest.mark.parametrize("model", ["sk-ant-api03-secret", "", "a\nb", 7])
+def test_a_model_that_is_none_is_refused_before_the_app_is_called(model: Any) -> None:
+    """Whatever a client writes there, it gets an answer in the API's shape."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        assert scope["type"] != "http"
+
+    async def use(url: str, meter: AsyncMeter) -> None:
+        status, _, body, _ = await post(f"{url}/v1/messages", model=model)
+
+        assert (400, "invalid_request_error") == (status, json.loads(body)["error"]["type"])
+
+    metered(app, use)
+
+
 def test_other_requests_are_none_of_the_middlewares_business() -> None:
     """Only the calls that cost something are metered."""
 

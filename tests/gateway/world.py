@@ -150,12 +150,13 @@ async def a_world(
     store: str = "memory://",
     clock: Clock | None = None,
     folder: Path | None = None,
+    options: StoreOptions | None = None,
     **settings: Any,
 ) -> AsyncIterator[World]:
     """All of it, while the context lasts; without tenants, whoever brings a key may call."""
     clock = clock or Clock()
     policy = Policy(limits=limits, tenants=[_limited(tenant) for tenant in tenants])
-    options = StoreOptions(shards=2)
+    options = options or StoreOptions(shards=2)
     journal = folder and folder / "journal"
     async with AsyncExitStack() as end:
         provider = await end.enter_async_context(Provider())
