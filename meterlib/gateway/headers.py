@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import lru_cache
 
 from meterlib.core.checks import ATTRIBUTE_BYTES_MAX
 from meterlib.core.decisions import LimitState
-from meterlib.core.policy import Limit
+from meterlib.core.policy import Limit, duration_ms
 
 Headers = Sequence[tuple[str, str]]
 
@@ -131,15 +132,21 @@ def of_limits(states: Sequence[LimitState], limits: Mapping[str, Limit]) -> list
         told += _family(family, state.quota, state.remaining, _reset_ms(state))
     told += _tokens(states, tightest)
     if states:
-        told.append(("ratelimit-policy", ", ".join(_policy(state, limits.get(state.name)) for state in states)))
-        told.append(("ratelimit", ", ".join(_rate(state) for state in states)))
+        told.append(("ratelimit-policy", ", ".join([_policy(state, limits.get(state.name)) for state in states])))
+        told.append(("ratelimit", ", ".join([_rate(state) for state in states])))
     return told
 
 
 def _family(family: str, quota: int, remaining: int, reset_ms: int) -> list[tuple[str, str]]:
     start = f"anthropic-ratelimit-{family}"
-    reset = datetime.fromtimestamp(math.ceil(reset_ms / 1000), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    reset = _moment(-(-reset_ms // 1000))
     return [(f"{start}-limit", str(quota)), (f"{start}-remaining", str(remaining)), (f"{start}-reset", reset)]
+
+
+@lru_cache(maxsize=1024)
+def _moment(seconds: int) -> str:
+    """RFC 3339, in UTC; the calls of a busy second share one."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _tokens(states: Sequence[LimitState], tightest: Mapping[str, LimitState]) -> list[tuple[str, str]]:
@@ -160,16 +167,22 @@ def _reset_ms(state: LimitState) -> int:
 
 
 def _policy(state: LimitState, limit: Limit | None) -> str:
-    words = f'"{state.name}";q={min(state.quota, _INTEGER_MAX)}'
-    if limit and limit.open:
+    is_open, window = (limit.open, limit.window) if limit else (False, None)
+    return _policy_words(state.name, state.quota, state.unit, is_open, window)
+
+
+@lru_cache(maxsize=1024)
+def _policy_words(name: str, quota: int, unit: str, is_open: bool, window: str | None) -> str:
+    words = f'"{name}";q={min(quota, _INTEGER_MAX)}'
+    if is_open:
         return f'{words};qu="concurrent-requests"'
-    if limit and limit.window:
-        words += f";w={math.ceil(limit.window_ms / 1000)}"
-    return words if state.unit == "requests" else f'{words};meterlib-unit="{state.unit}"'
+    if window:
+        words += f";w={math.ceil(duration_ms(window) / 1000)}"
+    return words if unit == "requests" else f'{words};meterlib-unit="{unit}"'
 
 
 def _rate(state: LimitState) -> str:
     words = f'"{state.name}";r={min(state.remaining, _INTEGER_MAX)}'
     if state.frees_at_ms is None:
         return words
-    return f"{words};t={max(0, math.ceil((state.frees_at_ms - state.now_ms) / 1000))}"
+    return f"{words};t={max(0, -((state.now_ms - state.frees_at_ms) // 1000))}"
