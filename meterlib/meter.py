@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Hashable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import cached_property
 from os import PathLike
@@ -127,16 +127,17 @@ class _Meter:
     def _check_shard(self, shard: int) -> None:
         check_count(shard, "shard", self.shards - 1, least=0)
 
-    def _queue_of(self, tenant: str, attributes: Mapping[str, str]) -> Hashable:
+    def _queue_of(self, tenant: str, attributes: Mapping[str, str]) -> tuple[str, ...]:
         """Whoever touches the same limits waits in the same queue."""
         check_tenant(tenant)
         check_attributes(attributes)
-        return tuple(bound.window_field for bound in self._context.compiled.limits_of(tenant, attributes))
+        return (tenant, *(bound.window_field for bound in self._context.compiled.limits_of(tenant, attributes)))
 
-    def _ended(self, reservation: _Held) -> None:
-        """Whoever waits in this process for what it held asks at once."""
+    def _ended(self, tenant: str, attributes: Mapping[str, str] | None) -> None:
+        """Whoever waits in this process for what a reservation held asks at once."""
         if self._queues:
-            self._queues.freed(self._queue_of(reservation.tenant, reservation.attributes))
+            windows = None if attributes is None else self._queue_of(tenant, attributes)[1:]
+            self._queues.freed(tenant, windows)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -276,14 +277,13 @@ class Reservation(_Held):
         """Replace the hold by what was really used, and book it; see `Meter.settle`."""
         entry = self._meter._settle(self._settlement(usage, quality, facts))
         self.ended = True
-        self._meter._ended(self)
+        self._meter._ended(self.tenant, self.attributes)
         return entry
 
     def cancel(self) -> None:
         """Free the whole hold: nothing was sent to the provider; see `Meter.cancel`."""
         self._meter.cancel(self.tenant, self.id)
         self.ended = True
-        self._meter._ended(self)
 
 
 class Meter(_Meter):
@@ -396,7 +396,9 @@ class Meter(_Meter):
         Raises:
             ReservationConflict: it was settled before with another usage, or the id is open for another tenant.
         """
-        return self._settle(self._settlement(tenant, reservation_id, usage, quality, facts, attributes))
+        entry = self._settle(self._settlement(tenant, reservation_id, usage, quality, facts, attributes))
+        self._ended(tenant, attributes)
+        return entry
 
     def _settle(self, settlement: Settlement) -> LedgerEntry:
         try:
@@ -413,6 +415,7 @@ class Meter(_Meter):
             ReservationEnded: it was settled or has expired.
         """
         self._run(flows.cancel(self._context, tenant, reservation_id))
+        self._ended(tenant, None)
 
     def record(
         self,
@@ -603,14 +606,13 @@ class AsyncReservation(_Held):
         """Replace the hold by what was really used, and book it; see `Meter.settle`."""
         entry = await self._meter._settle(self._settlement(usage, quality, facts))
         self.ended = True
-        self._meter._ended(self)
+        self._meter._ended(self.tenant, self.attributes)
         return entry
 
     async def cancel(self) -> None:
         """Free the whole hold: nothing was sent to the provider; see `Meter.cancel`."""
         await self._meter.cancel(self.tenant, self.id)
         self.ended = True
-        self._meter._ended(self)
 
 
 class AsyncMeter(_Meter):
@@ -670,7 +672,7 @@ class AsyncMeter(_Meter):
     def local(self, tenant: str, attributes: Mapping[str, str] | None, slice_of: Usage) -> LocalLease:
         """Admit calls in this process, out of slices of the quotas, without asking the store each time.
 
-        For extreme rates: about a microsecond a call. Never beyond a quota, but what this process holds and does not
+        For extreme rates: half a microsecond a call. Never beyond a quota, but what this process holds and does not
         use is denied to others for as long as a slice lasts; see `meterlib.local`.
 
         Args:
@@ -703,7 +705,9 @@ class AsyncMeter(_Meter):
         attributes: Mapping[str, str] | None = None,
     ) -> LedgerEntry:
         """Replace a hold by what was really used and book it; see `Meter.settle`."""
-        return await self._settle(self._settlement(tenant, reservation_id, usage, quality, facts, attributes))
+        entry = await self._settle(self._settlement(tenant, reservation_id, usage, quality, facts, attributes))
+        self._ended(tenant, attributes)
+        return entry
 
     async def _settle(self, settlement: Settlement) -> LedgerEntry:
         try:
@@ -714,6 +718,7 @@ class AsyncMeter(_Meter):
     async def cancel(self, tenant: str, reservation_id: str) -> None:
         """Free a whole hold: nothing was sent to the provider; see `Meter.cancel`."""
         await self._run(flows.cancel(self._context, tenant, reservation_id))
+        self._ended(tenant, None)
 
     async def record(
         self,

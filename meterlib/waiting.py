@@ -1,7 +1,8 @@
 """Callers that would rather wait than be denied: first come, first served, each as long as it has patience.
 
 Who waits for the same limits waits in one queue, per process. Only the first of a queue asks the store, at the time
-when the store has said that its call will pass, or when a reservation of this process has ended meanwhile.
+when the store has said that its call will pass, or when a reservation of this process has ended meanwhile that held
+something of the same limits. Whose patience ends behind others asks once, and is denied with its own denial.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol, TypeVar
 
 from meterlib.errors import QuotaExceeded
 
 T = TypeVar("T")
+Key = tuple[str, ...]
+"""The tenant, and the windows that a call touches."""
+
 POLL_S = 0.001
 """How often a test's clock is looked at."""
 
@@ -33,10 +37,23 @@ def _now_ms(clock: Clock | None) -> float:
 
 
 def _worth_waiting_ms(denied: QuotaExceeded, asked_ms: float, until_ms: float) -> float:
-    """How long to wait before asking again; raises the denial if that is too long, or in vain."""
-    if denied.retry_after_ms is None or asked_ms + denied.retry_after_ms > until_ms:
+    """How long to wait before asking again; raises the denial if that is too long, or in vain.
+
+    Nobody knows when a slot of a concurrency limit frees: its hint says how often to ask, and not when it passes.
+    """
+    left_ms = until_ms - asked_ms
+    if denied.hint and denied.retry_after_ms is not None and left_ms > 0:
+        return min(denied.retry_after_ms, left_ms)
+    if denied.retry_after_ms is None or denied.retry_after_ms > left_ms:
         raise denied
     return denied.retry_after_ms
+
+
+def _touches(key: Key, tenant: str, windows: Sequence[str] | None) -> bool:
+    """Whether those in a queue wait for something that a tenant's reservation held, whose windows may not be known."""
+    if windows is None:
+        return key[0] == tenant or any(window.startswith("w/*/") for window in key[1:])
+    return not set(windows).isdisjoint(key[1:])
 
 
 class AsyncQueues:
@@ -44,9 +61,9 @@ class AsyncQueues:
 
     def __init__(self, clock: Clock | None) -> None:
         self._clock = clock
-        self._queues: dict[Hashable, deque[asyncio.Event]] = {}
+        self._queues: dict[Key, deque[asyncio.Event]] = {}
 
-    async def take(self, key: Hashable, attempt: Callable[[], Awaitable[T]], max_wait_ms: int) -> T:
+    async def take(self, key: Key, attempt: Callable[[], Awaitable[T]], max_wait_ms: int) -> T:
         """What `attempt` gives, as soon as it is not denied any more.
 
         Raises:
@@ -69,15 +86,16 @@ class AsyncQueues:
                 await self._sleep(me, _now_ms(self._clock) + wait_ms)
         finally:
             queue.remove(me)
-            self.freed(key)
-            if not queue:
+            if queue:
+                queue[0].set()
+            else:
                 self._queues.pop(key, None)
 
-    def freed(self, key: Hashable) -> None:
-        """Something may have been given back: the first in the queue asks at once."""
-        queue = self._queues.get(key)
-        if queue:
-            queue[0].set()
+    def freed(self, tenant: str, windows: Sequence[str] | None = None) -> None:
+        """Something may have been given back: whoever is first in a queue for it asks at once."""
+        for key, queue in self._queues.items():
+            if queue and _touches(key, tenant, windows):
+                queue[0].set()
 
     async def _sleep(self, woken: asyncio.Event, until_ms: float) -> None:
         """Until then, or until woken."""
@@ -98,9 +116,9 @@ class SyncQueues:
     def __init__(self, clock: Clock | None) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._queues: dict[Hashable, deque[threading.Event]] = {}
+        self._queues: dict[Key, deque[threading.Event]] = {}
 
-    def take(self, key: Hashable, attempt: Callable[[], T], max_wait_ms: int) -> T:
+    def take(self, key: Key, attempt: Callable[[], T], max_wait_ms: int) -> T:
         """See AsyncQueues."""
         until_ms = _now_ms(self._clock) + max_wait_ms
         me = threading.Event()
@@ -121,16 +139,17 @@ class SyncQueues:
         finally:
             with self._lock:
                 queue.remove(me)
-                if not queue:
+                if queue:
+                    queue[0].set()
+                else:
                     self._queues.pop(key, None)
-            self.freed(key)
 
-    def freed(self, key: Hashable) -> None:
+    def freed(self, tenant: str, windows: Sequence[str] | None = None) -> None:
         """See AsyncQueues."""
         with self._lock:
-            queue = self._queues.get(key)
-            if queue:
-                queue[0].set()
+            for key, queue in self._queues.items():
+                if queue and _touches(key, tenant, windows):
+                    queue[0].set()
 
     def _sleep(self, woken: threading.Event, until_ms: float) -> None:
         while not woken.is_set() and (left_ms := until_ms - _now_ms(self._clock)) > 0:

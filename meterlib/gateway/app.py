@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Self
 
@@ -182,6 +182,7 @@ class Gateway:
             limit_headers=limits,
             drains=on_disconnect == "drain",
             keeps_limits=not hosted and self.settings.ratelimit_headers == "upstream",
+            keeps_account=not hosted,
             spawn=self._background.spawn,
             now_s=self._now_s,
         )
@@ -212,7 +213,8 @@ class Gateway:
         if model is not None or not caller.models:
             return await self._run(exchange, caller, request, None)
         answer, body = await whole_answer(self._upstream, request)
-        headers = without(for_client(answer.headers, keep_limits=False), "content-length")
+        headers = for_client(answer.headers, keep_limits=False, keep_account=caller.funding == "own")
+        headers = without(headers, "content-length")
         if answer.status == 200:
             body = filtered_models(body, caller.may_use)
         return await self._answer(exchange, answer.status, body, headers)
@@ -235,15 +237,19 @@ class Gateway:
         """A request that makes no sense counts as one, or else nothing would limit those who send nothing else."""
         if not self.settings.count_invalid_requests:
             return
+        facts = {"status": str(refusal.status), "end": "invalid", "request_id": exchange.request_id}
         attributes = attributes_of(exchange, caller, None, self.settings)
+        counting = self._background.spawn(self._count(caller, attributes, facts))
         try:
-            held = await self.meter.reserve(caller.tenant, attributes, NOTHING, funding=caller.funding)
-            facts = {"status": str(refusal.status), "end": "invalid", "request_id": exchange.request_id}
-            await held.settle(NOTHING, facts=facts)
+            await asyncio.shield(counting)  # interrupted half-way it would leave a hold
         except QuotaExceeded as error:
             raise self._admission.denied(error) from None
         except StoreError as error:
             log.warning("store.failed", tenant=caller.tenant, error=str(error))
+
+    async def _count(self, caller: Caller, attributes: Mapping[str, str], facts: Mapping[str, str]) -> None:
+        held = await self.meter.reserve(caller.tenant, attributes, NOTHING, funding=caller.funding)
+        await held.settle(NOTHING, facts=facts)
 
     async def _refuse(self, exchange: Exchange, refusal: Refusal) -> None:
         if exchange.started:

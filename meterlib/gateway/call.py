@@ -27,6 +27,9 @@ class Outgoing(NamedTuple):
     headers: Headers
     body: bytes | None
 
+    def __repr__(self) -> str:
+        return f"<Outgoing {self.method} {self.path}>"  # neither the key nor the prompt
+
 
 class Call:
     """A request that is on its way, in the task that made this.
@@ -41,6 +44,7 @@ class Call:
         limit_headers: what the client is told of its limits.
         drains: whether an answer is read to its end when the client has left.
         keeps_limits: whether the client sees what the provider says of its limits.
+        keeps_account: whether the client sees whose account at the provider it is.
         spawn: runs what need not be waited for.
         now_s: a clock that never goes back, in seconds.
     """
@@ -55,6 +59,7 @@ class Call:
         limit_headers: Headers = (),
         drains: bool = False,
         keeps_limits: bool = True,
+        keeps_account: bool = True,
         spawn: Spawn,
         now_s: Callable[[], float],
     ) -> None:
@@ -65,6 +70,7 @@ class Call:
         self._limit_headers = limit_headers
         self._drains = drains
         self._keeps_limits = keeps_limits
+        self._keeps_account = keeps_account
         self._spawn = spawn
         self._now_s = now_s
         self._task = asyncio.current_task()
@@ -176,10 +182,16 @@ class Call:
             return "complete" if metering.finished else "error_event" if metering.error else "cut"
         if broken:
             return "cut"
-        return "refused" if answer.status >= 400 else "complete"
+        if answer.status >= 400:
+            return "refused"
+        if metering and answer.ends_with_connection:
+            metering.end()
+            return "complete" if metering.finished else "cut"  # whether all has come, only the JSON can tell
+        return "complete"
 
     def _headers_of(self, answer: Answer) -> list[tuple[str, str]]:
-        headers = for_client(answer.headers, keep_limits=self._keeps_limits and not self._limit_headers)
+        keep_limits = self._keeps_limits and not self._limit_headers
+        headers = for_client(answer.headers, keep_limits=keep_limits, keep_account=self._keeps_account)
         if (value_of(headers, "content-type") or "").lower().startswith("text/event-stream"):
             # A stream may get pings of ours, and nothing on its way may hold it back.
             headers = without(headers, "content-length", "cache-control")

@@ -34,6 +34,7 @@ _ANSWER = {
 }
 _ANSWER_PREFIXES = ("anthropic-",)
 _LIMITS = ("anthropic-ratelimit-", "anthropic-priority-", "anthropic-fast-", "ratelimit")
+_ACCOUNT = ("anthropic-organization-id", "anthropic-workspace-id")
 _INTEGER_MAX = 999_999_999_999_999
 """Integers of structured fields (RFC 9651) have at most 15 digits."""
 _FAMILIES = {"requests": "requests", "input_tokens": "input-tokens", "output_tokens": "output-tokens"}
@@ -66,14 +67,19 @@ def for_upstream(
     return [*passed, credential, ("accept-encoding", "identity")], dropped
 
 
-def for_client(headers: Iterable[tuple[str, str]], *, keep_limits: bool) -> list[tuple[str, str]]:
-    """The headers that an answer goes on with; what the provider says of its own limits only where it concerns them."""
-    passed = [
+def for_client(
+    headers: Iterable[tuple[str, str]], *, keep_limits: bool, keep_account: bool = True
+) -> list[tuple[str, str]]:
+    """The headers that an answer goes on with.
+
+    What the provider says of its limits, and of the account that it bills, only goes to those whose they are.
+    """
+    kept_back = (() if keep_limits else _LIMITS) + (() if keep_account else _ACCOUNT)
+    return [
         (name, value)
         for name, value in _passing(list(headers), _ANSWER, _ANSWER_PREFIXES)
-        if name != "request-id" or _is_id(value)
+        if not name.startswith(kept_back) and (name != "request-id" or _is_id(value))
     ]
-    return passed if keep_limits else [(name, value) for name, value in passed if not name.startswith(_LIMITS)]
 
 
 def without(headers: Headers, *names: str) -> list[tuple[str, str]]:

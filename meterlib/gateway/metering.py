@@ -171,8 +171,8 @@ class Metering:
         self.end()
         self._keep("model", self._reader.model if self._reader.model != self._model else None)
         usage, quality = self._reader.usage, self._reader.quality
-        if self._reader.finished and quality != "estimated":
-            self._learn(usage)
+        if self._reader.started and quality != "estimated":
+            self._learn(usage)  # the input is exact, be the answer cut off
         return usage, quality
 
     def _learn(self, usage: Usage) -> None:

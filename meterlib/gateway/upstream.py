@@ -41,12 +41,15 @@ class Answer:
     Attributes:
         status: of the answer.
         headers: pairs of a lower-case name and a value, in order.
+        ends_with_connection: nothing but the connection's end says where the body ends.
     """
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._response = response
         self.status = response.status
         self.headers = [(name.lower(), value) for name, value in response.headers.items()]
+        framed = "content-length" in response.headers or "transfer-encoding" in response.headers
+        self.ends_with_connection = not framed
 
     def chunks(self) -> Self:
         """The body's bytes as they come, not decompressed; to be iterated over.

@@ -9,7 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meterlib import AsyncMeter, InvalidInput, LedgerEntry, Limit, Policy, QuotaExceeded, StoreOptions, Usage
+from meterlib import (
+    AsyncMeter,
+    InvalidInput,
+    LedgerEntry,
+    Limit,
+    Policy,
+    QuotaExceeded,
+    StoreOptions,
+    StoreUnavailable,
+    Usage,
+    UsageError,
+)
 from meterlib.testing import Clock
 
 WINDOW_MS = 6_000
@@ -157,12 +168,70 @@ def test_limits_that_cannot_be_handed_out_are_refused_at_once(limit: Limit, prob
     run(use, Policy(limits=[limit]))
 
 
+@pytest.mark.parametrize("amount", [-1, -100_000, 1.5, float("nan"), True, "7", None, 2**53])
+def test_an_amount_that_is_none_admits_nothing(amount: Any) -> None:
+    """A negative or odd number must not mint quota."""
+
+    async def use(meter: AsyncMeter, clock: Clock) -> None:
+        async with meter.local("acme", None, SLICE) as lease:
+            await lease.admit(input_tokens=10)
+            for told in ({"input_tokens": amount}, {"output_tokens": amount}):
+                with pytest.raises(InvalidInput):
+                    await lease.admit(**told)
+                if amount != 2**53:
+                    with pytest.raises(InvalidInput):
+                        lease.take(**told)
+        assert [1, 10] == [state.used for state in await meter.peek("acme")]
+
+    run(use)
+
+
+def test_a_closed_lease_admits_nothing() -> None:
+    """What is admitted after the end would be booked by nobody."""
+
+    async def use(meter: AsyncMeter, clock: Clock) -> None:
+        lease = meter.local("acme", None, SLICE)
+        await lease.admit()
+        await lease.aclose()
+
+        with pytest.raises(UsageError, match="closed"):
+            await lease.admit()
+
+    run(use)
+
+
+def test_a_slice_that_could_not_be_booked_is_booked_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Usage is not forgotten because the store was away for a moment."""
+
+    async def use(meter: AsyncMeter, clock: Clock) -> None:
+        lease = meter.local("acme", None, SLICE)
+        await lease.admit(input_tokens=5)
+        assert lease._held is not None
+        settle = lease._held.settle
+        monkeypatch.setattr(lease._held, "settle", unreachable)
+        with pytest.raises(StoreUnavailable):
+            await lease.aclose()
+        monkeypatch.setattr(lease._held, "settle", settle)
+        await lease.aclose()
+
+        (entry,) = await ledger_of(meter)
+        assert 5 == entry.usage["input_tokens"]
+
+    run(use)
+
+
+async def unreachable(usage: Usage) -> None:
+    raise StoreUnavailable("settle", "made up by a test")
+
+
 def test_a_slice_must_say_of_how_many_calls_it_is() -> None:
     """One call at a time would be no slice."""
 
     async def use(meter: AsyncMeter, clock: Clock) -> None:
         with pytest.raises(InvalidInput, match="requests"):
             meter.local("acme", {}, Usage(input_tokens=1000))
+        with pytest.raises(InvalidInput, match="Usage"):
+            meter.local("acme", {}, {"requests": 5})  # type: ignore[arg-type]
 
     run(use)
 

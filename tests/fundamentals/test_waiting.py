@@ -118,6 +118,47 @@ def test_a_slot_that_frees_goes_to_the_first_in_the_queue_at_once() -> None:
     run(use)
 
 
+@pytest.mark.parametrize("by", ["the reservation", "its id"])
+def test_a_slot_freed_by_another_kind_of_call_wakes_the_queue_too(by: str) -> None:
+    """Calls of another model share the slots, and whoever ends them."""
+
+    async def use(meter: AsyncMeter, clock: Clock) -> None:
+        held = await meter.reserve("acme", {"kind": "open", "model": "opus"})
+        waiting = asyncio.ensure_future(meter.reserve("acme", {"kind": "open"}, max_wait_ms=3_600_000))
+        await until_waiting(meter, 1)
+        if by == "its id":
+            await meter.settle("acme", held.id, Usage())
+        else:
+            await held.cancel()
+
+        await waiting
+
+    run(use)
+
+
+def test_a_hint_is_not_taken_for_a_promise() -> None:
+    """A slot may free at any time, so whoever has less patience than the hint waits all the same."""
+
+    async def use(meter: AsyncMeter, clock: Clock) -> None:
+        held = await meter.reserve("acme", {"kind": "open"})
+        waiting = asyncio.ensure_future(meter.reserve("acme", {"kind": "open"}, max_wait_ms=900))
+        hopeless = asyncio.ensure_future(meter.reserve("globex", {"kind": "open"}, max_wait_ms=900))
+        await until_waiting(meter, 1)
+        assert not waiting.done()
+        clock.advance(ms=500)
+        await held.cancel()
+        slot = await waiting
+        second = asyncio.ensure_future(meter.reserve("acme", {"kind": "open"}, max_wait_ms=900))
+        await until_waiting(meter, 1)
+        clock.advance(ms=900)
+        with pytest.raises(QuotaExceeded):
+            await second
+        await slot.cancel()
+        await (await hopeless).cancel()
+
+    run(use)
+
+
 def test_giving_up_leaves_no_trace_and_lets_the_next_one_pass() -> None:
     """A cancelled wait neither holds anything nor blocks the queue."""
 

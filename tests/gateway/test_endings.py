@@ -48,7 +48,7 @@ from tests.gateway.answers import (
     stream,
 )
 from tests.gateway.books import WIDE, ended, leave, noticed, read, read_to_end, size_of, told, until
-from tests.gateway.world import BASE, HOSTED, TOKEN, World, a_world, run
+from tests.gateway.world import BASE, HOSTED, LIMITS, TOKEN, World, a_world, run
 from tests.gateway.world import message as asked
 
 BEGUN: dict[str, Any] = {"input_tokens": 30, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 9000}
@@ -809,11 +809,12 @@ each_step = pytest.mark.parametrize("refuses", [step for _, step in STEPS], ids=
 async def blocked(world: World, refuses: Callable[[str, bytes], bool]) -> AsyncIterator[Reader]:
     """A reader that has stopped reading, in the middle of a call."""
     hold, reader = Hold(), Reader(refuses)
-    world.provider.answers(Answer(events=[*EVENTS[:4], hold, *EVENTS[4:]]))
+    events = [event for event in EVENTS if event != PING]  # the only ping is ours
+    world.provider.answers(Answer(events=[*events[:3], hold, *events[3:]]))
     handling = asyncio.create_task(world.gateway.handle(reader))
     if refuses("write", OUR_PING) and not refuses("write", b"x"):
         await hold.reached()
-        await until(lambda: len(reader.got) == after(4))
+        await until(partial(_has, reader, size_of(events, 3)))
         world.advance(ms=15_000)
     hold.release()
     async with asyncio.timeout(PATIENCE_S):
@@ -1092,3 +1093,41 @@ def test_fifty_streams_at_once_of_which_many_are_left(on_disconnect: str) -> Non
         for number in range(50)
     ]
     run(lambda world: play(world, calls, chance), HOSTED, limits=WIDE, on_disconnect=on_disconnect)
+
+
+@pytest.mark.parametrize("breaks_after", [None, 60])
+def test_a_plain_answer_whose_end_is_that_of_its_connection_is_whole_only_if_it_can_be_read(
+    breaks_after: int | None,
+) -> None:
+    """Half a JSON document is not passed off as an answer, though nothing else tells that it is half."""
+
+    async def use(world: World) -> None:
+        told_whole = message(usage={"input_tokens": 12, "output_tokens": 3})
+        world.provider.answers(Answer(json=told_whole, framing="close", breaks_after=breaks_after, breaks="fin"))
+
+        got = await world.post()
+
+        entry = await world.entry()
+        if breaks_after is None:
+            assert (True, "complete", "final") == (got.whole, entry.facts["end"], entry.quality)
+        else:
+            assert (False, "cut", "estimated") == (got.whole, entry.facts["end"], entry.quality)
+
+    run(use, HOSTED, limits=LIMITS)
+
+
+def test_a_cut_stream_teaches_the_estimator_its_input() -> None:
+    """What the start of a stream tells is exact, and an agent's next turn is estimated by it."""
+
+    async def use(world: World) -> None:
+        learnt: list[int | None] = []
+        estimator = world.gateway._admission._estimator
+        estimator.learn = lambda estimate, usage: learnt.append(usage.input_tokens)  # type: ignore[method-assign]
+        world.provider.answers(Answer(events=STREAMS["cached"].events[:4], breaks_after=100_000))
+
+        await world.post(stream=True)
+        await world.settled()
+
+        assert [11] == learnt
+
+    run(use, HOSTED, limits=LIMITS)

@@ -123,6 +123,7 @@ def test_a_hop_of_the_provider_ends_here() -> None:
     headers = [("connection", "close, Anthropic-Hop"), ("anthropic-hop", "1"), ("anthropic-organization-id", "org")]
 
     assert [("anthropic-organization-id", "org")] == for_client(headers, keep_limits=True)
+    assert [] == for_client(headers, keep_limits=True, keep_account=False)
 
 
 def test_all_betas_pass_by_default_and_only_those_allowed_where_some_are() -> None:

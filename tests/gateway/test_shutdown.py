@@ -314,24 +314,18 @@ def test_what_interrupts_a_cancellation_does_not_undo_it(
     """Nothing was sent, and nothing is to stay held."""
 
     async def use(world: World, proxy: FaultProxy) -> None:
-        await world.post(stream=True)  # its scripts are loaded now
-        faults = proxy.faults
-        delayed = asyncio.create_task(_second_script_is_slow(proxy, world))
+        await world.post(stream=True)
+        await world.settled()
+        *_, cancellation = (words.split()[1] for words in proxy.executed if words.startswith(b"EVALSHA"))
+        proxy.delay_requests(1, 0.15, matching=cancellation)
         asking = asyncio.create_task(world.post(stream=True))
-        await delayed
-        await until(lambda: proxy.faults > faults)
+        await until(lambda: proxy.faults)
         interrupt(world)
         with suppress(aiohttp.ClientError):
             await asking
         await ended(world, kinds={"cancelled": 2})
 
     with_store(use, valkey, upstream=f"http://127.0.0.1:{unused_port}")
-
-
-async def _second_script_is_slow(proxy: FaultProxy, world: World) -> None:
-    executed = len(proxy.executed)
-    await until(lambda: len(proxy.executed) > executed)
-    proxy.delay_requests(1, 0.15)
 
 
 @pytest.fixture
