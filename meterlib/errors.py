@@ -8,6 +8,7 @@
     ├── InvalidInput(field)    the caller's: a tenant, attribute, id or amount that is not valid; nothing was written
     ├── UsageError             the caller's: a meter used after its close, or a sync meter where an async one belongs
     ├── PolicyError(path)      the operator's: a setting that is not valid; found when loading, never while serving
+    ├── IntegrityError         ledger and archive, or an archive and itself, do not agree: nobody should bill from it
     └── StoreError             the world's
         ├── StoreUnavailable   did not answer in time: the outcome is unknown, and every verb is safe to repeat
         │   └── StoreOverloaded   too many operations wait for it already: nothing was sent
@@ -143,6 +144,22 @@ class PolicyError(MeterError, ValueError):
     def __init__(self, path: str, problem: str) -> None:
         super().__init__(f"{path}: {problem}" if path else problem)
         self.path = path
+
+
+class IntegrityError(MeterError):
+    """What was written once and what is found now do not agree. Nothing was changed; somebody has to look.
+
+    Attributes:
+        problem: `gap` (numbers that no entry has), `conflict` (the same number, another entry), `regress` (the store's
+            ledger ends before what was exported from it), `epoch` (the store's ledger was begun anew), `unreadable` (an
+            entry that this version cannot tell in columns) or `damaged` (a file of an archive).
+        entries: which entries it is about, as `shard:n` or `shard:first-last`.
+    """
+
+    def __init__(self, problem: str, message: str, entries: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.problem = problem
+        self.entries = entries
 
 
 class StoreError(MeterError):

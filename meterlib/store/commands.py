@@ -27,6 +27,13 @@ class ReadLedger(NamedTuple):
     limit: int
 
 
+class TrimLedger(NamedTuple):
+    """Remove a shard's entries below number `below`; answered by how many there were."""
+
+    shard: int
+    below: int
+
+
 class ReadHead(NamedTuple):
     """How a shard stands as a whole; answered by a ShardHead."""
 
@@ -66,6 +73,6 @@ class ShardHead(NamedTuple):
     open_reservations: int
 
 
-Command: TypeAlias = Call | ReadLedger | ReadHead | ReadOwners | ReadWindows
+Command: TypeAlias = Call | ReadLedger | TrimLedger | ReadHead | ReadOwners | ReadWindows
 Flow: TypeAlias = Generator[Command, Any, T]
 """A verb written once: yields commands, is sent their answers (or has StoreErrors thrown in), returns its result."""

@@ -17,7 +17,17 @@ from meterlib.core import rules
 from meterlib.core.operations import Reply, Value, packed, unpacked
 from meterlib.errors import MeterError, PolicyError, StoreCorrupt, StoreRefused, StoreUnavailable, UsageError
 from meterlib.store.batching import AsyncBatching, SyncBatching
-from meterlib.store.commands import Call, Command, Flow, ReadHead, ReadLedger, ReadOwners, ReadWindows, ShardHead
+from meterlib.store.commands import (
+    Call,
+    Command,
+    Flow,
+    ReadHead,
+    ReadLedger,
+    ReadOwners,
+    ReadWindows,
+    ShardHead,
+    TrimLedger,
+)
 from meterlib.store.embedded import EmbeddedServer
 from meterlib.store.faults import FAILURES, Attempts, corrupt
 from meterlib.store.keys import layout, layout_key, shard_keys
@@ -118,6 +128,9 @@ class _Calls:
     def ledger_page(self, command: ReadLedger) -> tuple[Value, ...]:
         return ("XRANGE", self._names[command.shard][3], f"{command.after + 1}-0", "+", "COUNT", command.limit)
 
+    def trim(self, command: TrimLedger) -> tuple[Value, ...]:
+        return ("XTRIM", self._names[command.shard][3], "MINID", "=", f"{command.below}-0")
+
     def owners_page(self, command: ReadOwners, cursor: Value) -> tuple[Value, ...]:
         leases = self._names[command.shard][1]
         return ("ZSCAN", leases, cursor, "MATCH", f"r/*/{command.reservation_id}", "COUNT", 1000)
@@ -168,6 +181,8 @@ class SyncDriver:
             return self._batching.run(command)
         if isinstance(command, ReadLedger):
             return entries_of(self._retrying("ledger", *self._calls.ledger_page(command)))
+        if isinstance(command, TrimLedger):
+            return self._retrying("trim", *self._calls.trim(command))
         if isinstance(command, ReadOwners):
             owners: list[str] = []
             cursor: Value = 0
@@ -186,13 +201,21 @@ class SyncDriver:
                     return sorted(windows)
         return head_of(*[self._retrying("head", *words) for words in self._calls.head_commands(command.shard)])
 
-    def call(self, name: str, shard: int, operations: Sequence[Any], sweep_max: int | None = None) -> list[Reply]:
-        """Run a batch of operations of one script on one shard, in one call."""
+    def call(
+        self,
+        name: str,
+        shard: int,
+        operations: Sequence[Any],
+        sweep_max: int | None = None,
+        deadline_s: float | None = None,
+    ) -> list[Reply]:
+        """Run a batch of operations of one script on one shard, in one call, in the time that they have left."""
         if not self._layout_checked:
             self._check_layout(reads=name in READING)
         _, text, sha = self._calls.script(name)
         arguments = self._calls.arguments(shard, operations, sweep_max)
         attempts: Attempts | None = None
+        began_s = time.monotonic()
         while True:
             try:
                 try:
@@ -204,7 +227,8 @@ class SyncDriver:
                 self._forget_connections()
                 raise
             except FAILURES as error:
-                attempts = attempts or Attempts(name, self.options.deadline_ms)
+                deadline_ms = self.options.deadline_ms if deadline_s is None else deadline_s * 1000
+                attempts = attempts or Attempts(name, deadline_ms, began_s)
                 self._pause(attempts.pause_s(error))
 
     def _retrying(self, name: str, *words: Value) -> Any:
@@ -297,6 +321,8 @@ class AsyncDriver:
             return await self._batching.run(command)
         if isinstance(command, ReadLedger):
             return entries_of(await self._retrying("ledger", *self._calls.ledger_page(command)))
+        if isinstance(command, TrimLedger):
+            return await self._retrying("trim", *self._calls.trim(command))
         if isinstance(command, ReadOwners):
             owners: list[str] = []
             cursor: Value = 0
@@ -315,13 +341,21 @@ class AsyncDriver:
                     return sorted(windows)
         return head_of(*[await self._retrying("head", *words) for words in self._calls.head_commands(command.shard)])
 
-    async def call(self, name: str, shard: int, operations: Sequence[Any], sweep_max: int | None = None) -> list[Reply]:
-        """Run a batch of operations of one script on one shard, in one call."""
+    async def call(
+        self,
+        name: str,
+        shard: int,
+        operations: Sequence[Any],
+        sweep_max: int | None = None,
+        deadline_s: float | None = None,
+    ) -> list[Reply]:
+        """Run a batch of operations of one script on one shard, in one call, in the time that they have left."""
         if not self._layout_checked:
             await self._check_layout(reads=name in READING)
         _, text, sha = self._calls.script(name)
         arguments = self._calls.arguments(shard, operations, sweep_max)
         attempts: Attempts | None = None
+        began_s = time.monotonic()
         while True:
             try:
                 try:
@@ -330,7 +364,8 @@ class AsyncDriver:
                     answer = await self.client.execute_command("EVAL", text, *arguments, NEVER_DECODE=True)
                 return self._calls.replies(name, len(operations), answer)
             except FAILURES as error:
-                attempts = attempts or Attempts(name, self.options.deadline_ms)
+                deadline_ms = self.options.deadline_ms if deadline_s is None else deadline_s * 1000
+                attempts = attempts or Attempts(name, deadline_ms, began_s)
                 await self._pause(attempts.pause_s(error))
 
     async def _retrying(self, name: str, *words: Value) -> Any:
@@ -424,6 +459,10 @@ class MemoryDriver:
                 return [field for _, field in shard.leases if field.endswith(f"/{command.reservation_id}")]
             if isinstance(command, ReadWindows):
                 return sorted(field for field in shard.windows if field.startswith(f"w/{command.tenant}/"))
+            if isinstance(command, TrimLedger):
+                before = len(shard.ledger)
+                shard.ledger[:] = [entry for entry in shard.ledger if entry["n"] >= command.below]
+                return before - len(shard.ledger)
             page = [entry for entry in shard.ledger if entry["n"] > command.after][: command.limit]
             return [(entry["n"], stored_fields(entry)) for entry in page]
 

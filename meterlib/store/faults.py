@@ -30,9 +30,9 @@ class Attempts:
     harmless.
     """
 
-    def __init__(self, operation: str, deadline_ms: int) -> None:
+    def __init__(self, operation: str, deadline_ms: float, began_s: float | None = None) -> None:
         self._operation = operation
-        self._ends_at_s = time.monotonic() + deadline_ms / 1000
+        self._ends_at_s = (time.monotonic() if began_s is None else began_s) + deadline_ms / 1000
         self._wait_s = FIRST_WAIT_S
 
     def pause_s(self, error: Exception) -> float:

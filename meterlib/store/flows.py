@@ -57,9 +57,10 @@ from meterlib.errors import (
     ReservationConflict,
     ReservationEnded,
     ReservationNotFound,
+    StoreOverloaded,
     StoreUnavailable,
 )
-from meterlib.store.commands import Call, Flow, ReadHead, ReadLedger, ReadOwners, ReadWindows, ShardHead
+from meterlib.store.commands import Call, Flow, ReadHead, ReadLedger, ReadOwners, ReadWindows, ShardHead, TrimLedger
 from meterlib.store.drivers import Clock, StoreOptions
 from meterlib.store.keys import shard_of
 
@@ -68,6 +69,7 @@ CALLERS_MAX = 20_000
 """Callers may invent attributes without end; to make one ready again costs little, to keep them all does not."""
 
 SWEEP_PIECE = 100
+TRIM_PIECE = 5_000
 _STALE_TRIES = 4
 FUNDINGS = ("hosted", "own")
 QUALITIES = ("final", "partial", "estimated", "split_unknown")
@@ -234,8 +236,9 @@ def reserve(
                 break
         else:
             raise StoreUnavailable("reserve", "its clock runs away")
-    except StoreUnavailable:
-        if context.when_down == "deny":
+    except StoreUnavailable as error:
+        # Too much to do here is no reason to let calls pass: the store is there.
+        if context.when_down == "deny" or isinstance(error, StoreOverloaded):
             raise
         return _unmetered(tenant, taken_id, attributes, caller.funding, usage, lease_ms)
     status = _status(reply)
@@ -608,6 +611,25 @@ def read_ledger(shard: int, after: int, count: int) -> Flow[list[LedgerEntry]]:
     check_count(after, "after", AMOUNT_MAX, least=0)
     page = yield ReadLedger(shard, after, count)
     return [entry_of(shard, n, fields) for n, fields in page]
+
+
+def read_stored(shard: int, after: int, count: int) -> Flow[list[tuple[int, dict[bytes, bytes]]]]:
+    """The entries of a shard behind number `after`, at most `count`, with their fields as they stand in the store."""
+    page: list[tuple[int, dict[bytes, bytes]]] = yield ReadLedger(shard, after, count)
+    return page
+
+
+def trim_ledger(shard: int, below: int) -> Flow[int]:
+    """Remove the entries of a shard below number `below`, a piece at a time; returns how many there were.
+
+    The pieces are small, so that no reserve waits for long behind one.
+    """
+    check_count(below, "below", AMOUNT_MAX)
+    head: ShardHead = yield ReadHead(shard)
+    removed = 0
+    for end in range(head.ledger_first + TRIM_PIECE, below + TRIM_PIECE, TRIM_PIECE):
+        removed += yield TrimLedger(shard, min(end, below))
+    return removed
 
 
 def read_head(shard: int) -> Flow[ShardHead]:
