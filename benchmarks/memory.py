@@ -16,7 +16,7 @@ from meterlib.testing import Clock
 
 TENANTS = 1000
 NOW_MS = 1_790_000_000_000
-ENTRY_CHARACTERS = 45
+ENTRY_BYTES = 24
 SCRATCH = "scratch"
 
 
@@ -91,15 +91,16 @@ def _own_window(server: Any, url: str, requests: int) -> WindowSize:
     state = shard_keys(prefix, shard_of("acme", options.shards))[0]
     policy = policy_of(AMPLE)
     field = window_field(policy.limits[0], "acme", ATTRIBUTES)
-    text = server.hget(state, field)
-    server.hset(SCRATCH, field, text)
+    log_field = f"l{field[1:]}"
+    window, log = server.hmget(state, field, log_field)
+    server.hset(SCRATCH, mapping={field: window, log_field: log})
     used = int(server.memory_usage(SCRATCH, samples=0))
     with Meter.connect(url, policy, options=options, clock=clock) as meter:
         server.config_resetstat()
         for _ in range(probes):
             meter.reserve("acme", ATTRIBUTES, Usage(input_tokens=TOKENS))
         server_us = server.info("commandstats")["cmdstat_evalsha"]["usec"] / probes
-    return WindowSize("meterlib", requests, used, len(text) // ENTRY_CHARACTERS - 1, server_us)
+    return WindowSize("meterlib", requests, used, len(log) // ENTRY_BYTES + 1, server_us)
 
 
 def _limits_counter(url: str) -> Callable[[str, int], bool]:

@@ -16,10 +16,10 @@ local OPERATION = '>s'
 --   field        str   the field of the reservation's record
 
 local function free_holds(reservation)
-  local at, window, _, held, hold_ms = reservation.holds_at, nil, nil, nil, nil
+  local at, window_field, _, held, hold_ms = reservation.holds_at, nil, nil, nil, nil
   for _ = 1, reservation.hold_count do
-    at, window, _, held, hold_ms = hold_of(reservation, at)
-    charge(window, hold_ms, 0, -held)
+    at, window_field, _, held, hold_ms = hold_of(reservation, at)
+    charge(window_field, hold_ms, 0, -held)
   end
 end
 

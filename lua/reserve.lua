@@ -56,7 +56,7 @@ for position = 2, #ARGV do
     if period_start_ms > 0 and (now_ms < period_start_ms or now_ms >= period_end_ms) then stale = true end
     local window = window_at(window_field, span_ms)
     if verdict_of(window, amount, quota, oversize) ~= 'passes' then passes = false end
-    asked[asked_count + 1], asked[asked_count + 2] = window, amount
+    asked[asked_count + 1], asked[asked_count + 2] = window_field, amount
     asked[asked_count + 3] = times_of(sub_window_ms, period_end_ms, on_expiry, now_ms, expires_at)
     payload_at, asked_count = payload_at + limit_size, asked_count + 3
   end
@@ -78,7 +78,7 @@ for position = 2, #ARGV do
   end
   if not reply then
     reply = to_bytes('>ssdddd', 'sd*', status, now_ms, reserved_at, expires_at, revision)
-    for at = 1, asked_count, 3 do reply = reply .. describe(asked[at]) end
+    for at = 1, asked_count, 3 do reply = reply .. describe(windows[asked[at]]) end
   end
   replies[position - 1] = reply
 end

@@ -27,13 +27,13 @@ local UNIT = '>sd'
 
 -- Holds of the units told are held at their new amount, in the place of the old one.
 local function hold_instead(reservation, amounts)
-  local at, next_at, window, unit, held, hold_ms = reservation.holds_at, nil, nil, nil, nil, nil
+  local at, next_at, window_field, unit, held, hold_ms = reservation.holds_at, nil, nil, nil, nil, nil
   for _ = 1, reservation.hold_count do
-    next_at, window, unit, held, hold_ms = hold_of(reservation, at)
+    next_at, window_field, unit, held, hold_ms = hold_of(reservation, at)
     local amount = amounts[unit]
     if amount then
-      local record, amount_at = reservation.record, at + 8 + #window.field + 1 + #unit + 1
-      charge(window, hold_ms, 0, amount - held)
+      local record, amount_at = reservation.record, at + 8 + #window_field + 1 + #unit + 1
+      charge(window_field, hold_ms, 0, amount - held)
       reservation.record = sub(record, 1, amount_at - 1) .. to_bytes('>d', amount) .. sub(record, amount_at + 8)
     end
     at = next_at
@@ -42,12 +42,12 @@ end
 
 -- A lease only ever gets longer. Holds that stand at its end move along.
 local function prolong(reservation, expires_at)
-  local at, window, _, held, hold_ms, settle_ms = reservation.holds_at, nil, nil, nil, nil, nil
+  local at, window_field, _, held, hold_ms, settle_ms = reservation.holds_at, nil, nil, nil, nil, nil
   for _ = 1, reservation.hold_count do
-    at, window, _, held, hold_ms, settle_ms = hold_of(reservation, at)
+    at, window_field, _, held, hold_ms, settle_ms = hold_of(reservation, at)
     if hold_ms ~= settle_ms then
-      charge(window, hold_ms, 0, -held)
-      charge(window, settle_ms > 0 and math.min(expires_at, settle_ms) or expires_at, 0, held)
+      charge(window_field, hold_ms, 0, -held)
+      charge(window_field, settle_ms > 0 and math.min(expires_at, settle_ms) or expires_at, 0, held)
     end
   end
   reservation.expires_at = expires_at

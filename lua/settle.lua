@@ -46,14 +46,14 @@ for position = 2, #ARGV do
   if reservation then
     -- Each hold gives way to what was used; of a unit that is not told, what was held counts as used.
     kind = 'settled'
-    local hold_at, window, unit, held, hold_ms, settle_ms = reservation.holds_at, nil, nil, nil, nil, nil
+    local hold_at, window_field, unit, held, hold_ms, settle_ms = reservation.holds_at, nil, nil, nil, nil, nil
     for _ = 1, reservation.hold_count do
-      hold_at, window, unit, held, hold_ms, settle_ms = hold_of(reservation, hold_at)
+      hold_at, window_field, unit, held, hold_ms, settle_ms = hold_of(reservation, hold_at)
       if hold_ms == settle_ms then
-        charge(window, settle_ms, used[unit] or held, -held)
+        charge(window_field, settle_ms, used[unit] or held, -held)
       else
-        charge(window, hold_ms, 0, -held)
-        if settle_ms > 0 then charge(window, settle_ms, used[unit] or held, 0) end
+        charge(window_field, hold_ms, 0, -held)
+        if settle_ms > 0 then charge(window_field, settle_ms, used[unit] or held, 0) end
       end
     end
   elseif past and past.digest ~= '' then
@@ -68,11 +68,11 @@ for position = 2, #ARGV do
     -- What ended without being settled turns out to have used something; what it left in the windows is made up to
     -- that. A cancelled one left nothing, an expired one what stood where it would have been settled.
     kind, after, reservation = 'late', past.kind, past.reservation
-    local hold_at, window, unit, held, hold_ms, settle_ms = reservation.holds_at, nil, nil, nil, nil, nil
+    local hold_at, window_field, unit, held, hold_ms, settle_ms = reservation.holds_at, nil, nil, nil, nil, nil
     for _ = 1, reservation.hold_count do
-      hold_at, window, unit, held, hold_ms, settle_ms = hold_of(reservation, hold_at)
+      hold_at, window_field, unit, held, hold_ms, settle_ms = hold_of(reservation, hold_at)
       local left = after == 'expired' and hold_ms == settle_ms and held or 0
-      if settle_ms > 0 then charge(window, settle_ms, (used[unit] or left) - left, 0) end
+      if settle_ms > 0 then charge(window_field, settle_ms, (used[unit] or left) - left, 0) end
     end
   elseif if_unknown == 'ask' then
     reply = to_bytes('>ssd', 'sd', 'unknown', now_ms)

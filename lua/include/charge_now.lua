@@ -12,6 +12,9 @@ for _ = 1, stale and 0 or limit_count do
   local limit_size, window_field, _, amount, _, _, span_ms, sub_window_ms, _, period_end_ms, on_expiry =
     from_bytes(LIMIT, operation, limit_at)
   local _, settle_ms = times_of(sub_window_ms, period_end_ms, on_expiry, now_ms, 0)
-  if settle_ms > 0 then charge(window_at(window_field, span_ms), settle_ms, amount, 0) end
+  if settle_ms > 0 then
+    window_at(window_field, span_ms)
+    charge(window_field, settle_ms, amount, 0)
+  end
   limit_at = limit_at + limit_size
 end

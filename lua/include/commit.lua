@@ -5,13 +5,12 @@
 -- way, the next one finishes its work first, whichever operation it carries. Every key was read or written before, so
 -- none has a wrong type.
 
-for position = 1, #windows do
-  local window = windows[position]
+for field, window in pairs(windows) do
   if window.changed then
     local size = #words
-    words[size + 1], words[size + 2] = window.field, to_bytes(WINDOW, window.last_ms + window.span_ms, window.settled,
+    words[size + 1], words[size + 2] = field, to_bytes(WINDOW, window.last_ms + window.span_ms, window.settled,
       window.held, window.first_ms, window.last_ms, window.last_settled, window.last_held)
-    if window.new_log then words[size + 3], words[size + 4] = 'l' .. sub(window.field, 2), window.new_log end
+    if window.new_log then words[size + 3], words[size + 4] = 'l' .. sub(field, 2), window.new_log end
   end
 end
 if #words > 2 or following or set_back then

@@ -6,7 +6,9 @@ for _ = 1, limit_count do
   local limit_size, window_field, _, amount, quota, oversize = from_bytes(LIMIT, operation, limit_at)
   local window = windows[window_field]
   local verdict, passes_at_ms = verdict_of(window, amount, quota, oversize), 0
-  if verdict == 'quota' then passes_at_ms = in_log().falls_to(window, amount > quota and 0 or quota - amount) end
+  if verdict == 'quota' then
+    passes_at_ms = in_log().falls_to(window_field, window, amount > quota and 0 or quota - amount)
+  end
   reply = reply .. to_bytes('>sd', verdict, passes_at_ms) .. describe(window)
   limit_at = limit_at + limit_size
 end

@@ -6,10 +6,10 @@
 local expired = 0                       -- how many did in this call
 
 local function expire(field, reservation)
-  local at, window, _, amount, hold_ms, settle_ms = reservation.holds_at, nil, nil, nil, nil, nil
+  local at, window_field, _, amount, hold_ms, settle_ms = reservation.holds_at, nil, nil, nil, nil, nil
   for _ = 1, reservation.hold_count do
-    at, window, _, amount, hold_ms, settle_ms = hold_of(reservation, at)
-    charge(window, hold_ms, hold_ms == settle_ms and amount or 0, -amount)
+    at, window_field, _, amount, hold_ms, settle_ms = hold_of(reservation, at)
+    charge(window_field, hold_ms, hold_ms == settle_ms and amount or 0, -amount)
   end
   append('expired', '', id_of(field), reservation.reserved_at, reservation.call_facts, reservation.estimate, '', '')
   finish(field, ended_record_of('expired', number, reservation.reserved_at, '', reservation))

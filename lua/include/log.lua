@@ -3,20 +3,20 @@
 local ENTRY, ENTRY_SIZE = '>ddd', 24    -- time, settled, held
 local sub, floor = string.sub, math.floor
 
-local function log_of(window)
+local function log_of(field, window)
   if window.new_log or window.first_ms == window.last_ms then return window.new_log or '' end
-  local field = 'l' .. sub(window.field, 2)
-  if state[field] == nil then state[field] = call('HGET', state_key, field) end
-  return state[field] or ''
+  local log_field = 'l' .. sub(field, 2)
+  if state[log_field] == nil then state[log_field] = call('HGET', state_key, log_field) end
+  return state[log_field] or ''
 end
 
 -- Takes out what has slid out.
-local function slide(window)
+local function slide(field, window)
   local gone_ms, log, at, had_log = now_ms - window.span_ms, '', 1, window.first_ms < window.last_ms
   if window.last_ms <= gone_ms then
     window.settled, window.held, window.last_ms, window.last_settled, window.last_held = 0, 0, 0, 0, 0
   else
-    log = log_of(window)
+    log = log_of(field, window)
   end
   window.first_ms = window.last_ms
   while at < #log do
@@ -42,16 +42,16 @@ local function place_of(log, time)
 end
 
 -- What is settled and held at a time before the last entry's.
-local function amounts_at(window, time)
-  local log, _, settled, held = log_of(window), nil, 0, 0
+local function amounts_at(field, window, time)
+  local log, _, settled, held = log_of(field, window), nil, 0, 0
   local at, size = place_of(log, time)
   if size > 0 then _, settled, held = from_bytes(ENTRY, log, at) end
   return settled, held
 end
 
 -- Puts amounts where they change the log: at an earlier time, behind the last entry, or none in place of that.
-local function rewrite(window, time, settled, held)
-  local log, last_ms, entry = log_of(window), window.last_ms, ''
+local function rewrite(field, window, time, settled, held)
+  local log, last_ms, entry = log_of(field, window), window.last_ms, ''
   local had_log = log ~= ''
   if settled + held > 0 then entry = to_bytes(ENTRY, time, settled, held) end
   if time < last_ms then
@@ -71,8 +71,8 @@ local function rewrite(window, time, settled, held)
 end
 
 -- When a window that is above a level will be down to it, if nobody adds to it.
-local function falls_to(window, level)
-  local used, log, at = window.settled + window.held, log_of(window), 1
+local function falls_to(field, window, level)
+  local used, log, at = window.settled + window.held, log_of(field, window), 1
   while at < #log do
     local time, settled, held = from_bytes(ENTRY, log, at)
     used, at = used - settled - held, at + ENTRY_SIZE

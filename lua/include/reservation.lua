@@ -20,6 +20,7 @@ end
 
 local function reservation_of(record)
   local _, reserved_at, expires_at, revision, hold_count, holds_at = from_bytes(OPEN, record)
+  if hold_count * 8 > #record then error('a record that holds more than it can') end  -- no loop without end
   local payload_at = holds_at
   for _ = 1, hold_count do payload_at = payload_at + from_bytes('>d', record, payload_at) end
   local digest, call_facts, estimate = from_bytes(PAYLOAD, record, payload_at)
@@ -34,14 +35,15 @@ local function record_of(reservation)
     .. to_bytes(PAYLOAD, reservation.digest, reservation.call_facts, reservation.estimate)
 end
 
--- The hold that begins somewhere in a reservation's record: where the next one begins, its window, unit and amount, the
--- times at which it stands and at which it is settled.
+-- The hold that begins somewhere in a reservation's record: where the next one begins, the field of its window (which
+-- is at hand from then on), unit and amount, the times at which it stands and at which it is settled.
 local function hold_of(reservation, at)
   local limit_size, window_field, unit, amount, _, _, span_ms, sub_window_ms, _, period_end_ms, on_expiry =
     from_bytes(LIMIT, reservation.record, at)
   local hold_ms, settle_ms = times_of(sub_window_ms, period_end_ms, on_expiry, reservation.reserved_at,
     reservation.expires_at)
-  return at + limit_size, window_at(window_field, span_ms), unit, amount, hold_ms, settle_ms
+  window_at(window_field, span_ms)
+  return at + limit_size, window_field, unit, amount, hold_ms, settle_ms
 end
 
 local function ended_record_of(kind, entry_number, reserved_at, digest, reservation)

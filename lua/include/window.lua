@@ -11,7 +11,7 @@ local WINDOW = '>ddddddd'
 --   when the last entry goes; what is settled and held in all; times of the first and of the last entry (0: there is
 --   none); what is settled and held in the last
 
-local windows = {nil, nil, nil, nil}    -- in use, in order and by field
+local windows = {}                      -- in use, by field
 
 local logs
 local function in_log()
@@ -30,22 +30,24 @@ local function window_at(field, span_ms)
   if text == nil then text = call('HGET', state_key, field) end
   local _, settled, held, first_ms, last_ms, last_settled, last_held = 0, 0, 0, 0, 0, 0, 0
   if text then _, settled, held, first_ms, last_ms, last_settled, last_held = from_bytes(WINDOW, text) end
-  window = {field = field, span_ms = span_ms, settled = settled, held = held, first_ms = first_ms, last_ms = last_ms,
-    last_settled = last_settled, last_held = last_held}
-  if last_ms > 0 and first_ms + span_ms <= now_ms then in_log().slide(window) end
-  windows[field], windows[#windows + 1] = window, window
+  if not (settled + held < 2 ^ 53) then error('a window that is none') end
+  window = {span_ms = span_ms, settled = settled, held = held, first_ms = first_ms, last_ms = last_ms,
+    last_settled = last_settled, last_held = last_held, changed = false}  -- eight: one more would double the table
+  if last_ms > 0 and first_ms + span_ms <= now_ms then in_log().slide(field, window) end
+  windows[field] = window
   return window
 end
 
 -- Adds to what is settled and held at a time. A time that has slid out is left alone; nothing falls below zero, nor
 -- rises to 2^53, where numbers cease to be exact.
-local function charge(window, time, settled, held)
+local function charge(field, time, settled, held)
+  local window = windows[field]
   if time + window.span_ms <= now_ms then return end
   local last_ms, old_settled, old_held = window.last_ms, 0, 0
   if time == last_ms then
     old_settled, old_held = window.last_settled, window.last_held
   elseif time < last_ms then
-    old_settled, old_held = in_log().amounts_at(window, time)
+    old_settled, old_held = in_log().amounts_at(field, window, time)
   end
   if held < -old_held then held = -old_held end
   if settled < -old_settled then settled = -old_settled end
@@ -60,7 +62,7 @@ local function charge(window, time, settled, held)
     window.last_ms, window.last_settled, window.last_held = time, settled, held
     if last_ms == 0 then window.first_ms = time end
   elseif not empty or time <= last_ms then
-    in_log().rewrite(window, time, settled, held)
+    in_log().rewrite(field, window, time, settled, held)
   end
 end
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -47,7 +48,20 @@ FOREIGN: dict[str, tuple[str | int, ...]] = {
     "stream": ("XADD", "*", "junk", "junk"),
 }
 TYPES = {STATE: "hash", LEASES: "zset", ENDED: "list", LEDGER: "stream"}
-JUNK = ("", "junk", "1", "9" * 12, "settled", "open\n\n", "\x1e\x1f\x1e", "XADD\x1f")
+JUNK: tuple[str | bytes, ...] = (
+    *("", "junk", "1", "9" * 12, "settled", "open\n\n", "\x1e\x1f\x1e", "XADD\x1f"),
+    *(
+        b"\0" * 7,
+        b"\0" * 56,
+        b"\xff" * 56,
+        b"settled\0" + b"\0" * 30,
+        b"open\0" + b"\xff" * 80,
+        b"open\0" + b"\x7f" * 80,
+    ),
+    *(b"open\0" + struct.pack(">4d", *numbers) + b"\0" * 80 for numbers in ((1, 2**53, 0, 1e300), (1, 2**53, 0, -1))),
+    *(struct.pack(">7d", *[number] * 7) for number in (float("nan"), float("inf"), -1.0, 0.5)),
+)
+"""What may stand in a field by mistake: text, cut-off bytes, and bytes that are numbers but none of ours."""
 
 
 @pytest.mark.parametrize("key", TYPES, ids=lambda key: key.rpartition(":")[2])
@@ -104,6 +118,22 @@ def test_another_number_of_shards_is_refused_before_anything_is_written(
         with pytest.raises(StoreCorrupt, match=f"{LAYOUT_VERSION}/7 .* not {LAYOUT_VERSION}/1"):
             verb.act(meter)
         assert everything(direct) == before
+
+
+def test_a_lease_that_is_listed_too_early_is_put_right_in_passing(
+    meter: Meter, direct: redis.Redis, clock: Clock
+) -> None:
+    """Operator: the list of leases is only an index; what a reservation's own record says is what happens."""
+    lease_end_ms = hold(meter, "mine", lease_ms=2000).expires_at_ms
+    head = ask(direct, "HGET", STATE, "head")
+    ask(direct, "ZADD", LEASES, clock.now_ms, "r/acme/mine")
+    direct.hset(STATE, "head", head[:32] + struct.pack(">d", clock.now_ms) + head[40:])
+    hold(meter, "another")
+    assert lease_end_ms == int(ask(direct, "ZSCORE", LEASES, "r/acme/mine"))
+
+    clock.set(lease_end_ms)
+    hold(meter, "one-more")
+    assert "mine" in [entry.reservation_id for entry in meter.ledger(0) if entry.kind == "expired"]
 
 
 def test_a_state_restored_from_an_older_backup_than_the_ledger_books_nothing(

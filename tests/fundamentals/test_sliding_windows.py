@@ -56,6 +56,36 @@ def test_a_window_slides_and_does_not_jump(meter: Meter, clock: Clock, states: S
     assert not passes(meter, 250)
 
 
+def test_each_of_many_entries_goes_at_its_own_moment(meter: Meter, clock: Clock, states: States) -> None:
+    """What comes back comes back to the millisecond that was told, however many calls stand before or behind it."""
+    for tokens in (10, 20, 40, 80):
+        assert passes(meter, tokens)
+        clock.advance(ms=3_000)
+    for left in (140, 120, 80):
+        frees_at_ms = states()["tokens"].frees_at_ms
+        assert frees_at_ms is not None
+
+        clock.set(frees_at_ms - 1)
+        assert left < states()["tokens"].used
+        clock.set(frees_at_ms)
+        assert left == states()["tokens"].used
+        assert passes(meter, 0)  # whoever writes the window leaves the same in it
+        assert left == states()["tokens"].used
+
+
+def test_usage_that_is_told_when_its_sub_window_just_slid_out_leaves_the_window_alone(
+    meter: Meter, clock: Clock, states: States
+) -> None:
+    """A call that ran for a whole window counts for no later one."""
+    held = meter.reserve("acme", usage=Usage(output_tokens=100))
+    frees_at_ms = states()["tokens"].frees_at_ms
+    assert frees_at_ms is not None
+
+    clock.set(frees_at_ms)
+    held.settle(Usage(output_tokens=900))
+    assert (0, None) == (states()["tokens"].used, states()["tokens"].frees_at_ms)
+
+
 @pytest.mark.parametrize("tokens", [1, 250, 251, 700, 1_000])
 @pytest.mark.parametrize("offset_ms", [0, 1, 500, 999])
 def test_retry_after_is_exact(meter: Meter, clock: Clock, tokens: int, offset_ms: int) -> None:

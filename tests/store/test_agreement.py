@@ -386,11 +386,12 @@ class Histories(RuleBasedStateMachine):
     @invariant()
     def the_head_knows_when_something_is_due(self) -> None:
         """Calls look for overdue leases and forgettable ids only from the times on that the head names."""
-        head = self.real.hget("t:{0}:state", "head")
+        client: Any = self.real
+        head = client.hget("t:{0}:state", "head")
         if head:
             due_ms, ended_ms = struct.unpack_from(">2d", head, 32)
-            leases = self.real.zrange("t:{0}:leases", 0, 0, withscores=True)
-            ended = self.real.lrange("t:{0}:ended", 0, 0)
+            leases = client.zrange("t:{0}:leases", 0, 0, withscores=True)
+            ended = client.lrange("t:{0}:ended", 0, 0)
 
             assert all(due_ms <= score for _, score in leases)
             assert all(ended_ms <= int(item.partition(b" ")[0]) for item in ended)
