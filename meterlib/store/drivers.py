@@ -46,7 +46,7 @@ class StoreOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         shards: how many ledgers and groups of keys; chosen once for a store.
         prefix: what all keys begin with.
         retention_ms: how long the ids of ended reservations are remembered.
-        sweep_max: how many overdue reservations a call expires in passing.
+        sweep_max: how many overdue or forgettable reservations each operation clears in passing.
         timeout_ms: how long one try waits for the server.
         deadline_ms: how long a call tries altogether.
         connections_max: how many connections a meter opens at most; further calls wait for one.
@@ -77,6 +77,15 @@ class StoreOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise PolicyError("store.prefix", f"{self.prefix!r:.80} is none: 1 to 64 of A-Z a-z 0-9 _ . : -")
 
 
+SWEPT_MAX = 200
+"""What a script can clear in one call without anybody's noticing."""
+
+
+def swept_by(options: StoreOptions, operations: int) -> int:
+    """How many overdue or forgettable reservations a call clears: more than it adds, whatever it does at once."""
+    return min(SWEPT_MAX, options.sweep_max * operations)
+
+
 class Clock(Protocol):
     """A test's clock: the time is what it says, and not the server's."""
 
@@ -95,7 +104,7 @@ class _Calls:
         self._names = keys
         self._keys: list[tuple[Value, ...]] = [(len(names), *names) for names in keys]
         self._layout = layout(options.shards)
-        self._call = self._call_arguments(None) if clock is None else b""
+        self._call = self._call_arguments(options.sweep_max) if clock is None else b""
         self._scripts: dict[str, tuple[Script, str, str]] = {}
 
     def script(self, name: str) -> tuple[Script, str, str]:
@@ -107,13 +116,15 @@ class _Calls:
         return found
 
     def arguments(self, shard: int, operations: Sequence[Any], sweep_max: int | None = None) -> list[Value]:
-        call = self._call if self._clock is None and sweep_max is None else self._call_arguments(sweep_max)
+        if sweep_max is None:
+            sweep_max = swept_by(self.options, len(operations))
+        usual = self._clock is None and sweep_max == self.options.sweep_max
+        call = self._call if usual else self._call_arguments(sweep_max)
         return [*self._keys[shard], call, *[operation.packed() for operation in operations]]
 
-    def _call_arguments(self, sweep_max: int | None) -> bytes:
+    def _call_arguments(self, sweep_max: int) -> bytes:
         now_ms = self._clock.now_ms if self._clock else 0
-        most = self.options.sweep_max if sweep_max is None else sweep_max
-        return packed((self._layout, now_ms, most, self.options.retention_ms))
+        return packed((self._layout, now_ms, sweep_max, self.options.retention_ms))
 
     def replies(self, name: str, count: int, answer: Any) -> list[Reply]:
         """What a script answers: one text, or a list of them where there were several operations."""
@@ -472,7 +483,7 @@ class MemoryDriver:
 
     def _call(self, name: str, shard: int, operations: Sequence[Any], sweep_max: int | None = None) -> list[Reply]:
         server_ms = self._clock.now_ms if self._clock else time.time_ns() // 1_000_000
-        most = self.options.sweep_max if sweep_max is None else sweep_max
+        most = swept_by(self.options, len(operations)) if sweep_max is None else sweep_max
         with self.store.lock:
             try:
                 work = rules.Work(self.store.shards[shard], server_ms, self._layout, most, self.options.retention_ms)

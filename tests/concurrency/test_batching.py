@@ -21,6 +21,8 @@ from meterlib.core.operations import Cancel, Reply
 from meterlib.errors import MeterError, StoreCorrupt
 from meterlib.store.batching import BATCH_MAX, AsyncBatching, Lanes, SyncBatching
 from meterlib.store.commands import Call
+from meterlib.store.keys import shard_keys
+from meterlib.testing import Clock
 from tests.faults.world import check_books
 from tests.support.servers import Server
 
@@ -424,3 +426,24 @@ def test_many_threads_share_a_quota(emptied: Server) -> None:
             admitted = sum(pool.map(one, range(400)))
 
         assert 100 == admitted == meter.head(0).last_number
+
+
+@pytest.mark.parametrize("store", ["memory", "server"])
+def test_ended_reservations_are_forgotten_as_fast_as_others_end(store: str, emptied: Server) -> None:
+    """Operator: memory follows the time for which ids are remembered, however much goes out together."""
+    options = StoreOptions(shards=1, retention_ms=1000)
+    clock = Clock()
+    url = "memory://" if store == "memory" else emptied.url
+
+    async def main() -> int:
+        async with AsyncMeter.connect(url, Policy(), options=options, clock=clock, sweep_interval_ms=0) as meter:
+            for _ in range(12):
+                held = await asyncio.gather(*(meter.reserve("acme") for _ in range(200)))
+                await asyncio.gather(*(reservation.settle(Used(input_tokens=1)) for reservation in held))
+                clock.advance(ms=600)
+            if store == "memory":
+                return len(meter._driver.store.shards[0].ended)
+            with emptied.client() as client:
+                return int(client.llen(shard_keys(options.prefix, 0)[2]))
+
+    assert 200 <= asyncio.run(main()) <= 3 * 200
