@@ -277,7 +277,9 @@ class UsageMessage:
             self._pieces.append(chunk)
 
     def end(self) -> None:
-        """All bytes are there."""
+        """All bytes are there; told again, nothing changes."""
+        if not self._pieces:
+            return
         message = _json_object(b"".join(self._pieces))
         self._pieces.clear()
         self.model, self.usage = _text(message, "model"), _usage(_part(message, "usage"))
