@@ -4,7 +4,8 @@ local ENTRY, ENTRY_SIZE = '>ddd', 24    -- time, settled, held
 local sub, floor = string.sub, math.floor
 
 local function log_of(field, window)
-  if window.new_log or window.first_ms == window.last_ms then return window.new_log or '' end
+  if window.first_ms == window.last_ms then return '' end
+  if window.new_log then return window.new_log end
   local log_field = 'l' .. sub(field, 2)
   if state[log_field] == nil then state[log_field] = call('HGET', state_key, log_field) end
   return state[log_field] or ''

@@ -136,6 +136,15 @@ def test_a_lease_that_is_listed_too_early_is_put_right_in_passing(
     assert "mine" in [entry.reservation_id for entry in meter.ledger(0) if entry.kind == "expired"]
 
 
+def test_a_sweep_looks_for_itself_whatever_the_head_says(meter: Meter, direct: redis.Redis, clock: Clock) -> None:
+    """Operator: a head that was restored from somewhere hides neither overdue leases nor what may be forgotten."""
+    build(meter, clock)
+    head = ask(direct, "HGET", STATE, "head")
+    direct.hset(STATE, "head", head[:32] + struct.pack(">2d", 2**53 - 1, 2**53 - 1) + head[48:])
+    assert 3 == meter.sweep().expired
+    assert "r/acme/old" not in str(ask(direct, "LRANGE", ENDED, 0, -1))
+
+
 def test_a_state_restored_from_an_older_backup_than_the_ledger_books_nothing(
     meter: Meter, direct: redis.Redis, clock: Clock
 ) -> None:

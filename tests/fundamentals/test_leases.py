@@ -139,6 +139,28 @@ def test_a_lease_renewed_beyond_the_period_holds_until_its_end(meter: Meter, clo
     assert "settled" == held.settle(HELD).kind
 
 
+def test_a_lease_renewed_beyond_the_period_lets_go_of_it_when_cancelled(
+    meter: Meter, clock: Clock, states: States
+) -> None:
+    """Wherever its hold was moved by renewing, it is found again and freed."""
+    clock.set(1_790_035_200_000 - 60_000)
+    held = meter.reserve("acme", usage=HELD, lease_ms=30_000)
+    held.renew(600_000)
+    held.cancel()
+    assert (0, 0) == (states()["freed"].used, states()["kept"].used)
+
+
+def test_a_lease_is_over_to_the_millisecond_though_nobody_swept_it(meter: Meter, clock: Clock) -> None:
+    """A call clears two in passing; the third that is overdue has ended all the same."""
+    meter.policy = Policy()
+    for name in ("first", "second", "third"):
+        meter.reserve("acme", usage=HELD, reservation_id=name, lease_ms=30_000)
+    clock.advance(ms=30_000)
+    with pytest.raises(ReservationEnded) as ended:
+        meter.reserve("acme", usage=HELD, reservation_id="third", lease_ms=30_000)
+    assert "expired" == ended.value.kind
+
+
 def test_no_reservation_lives_longer_than_a_day(meter: Meter, clock: Clock) -> None:
     """A client that renews for ever in a loop lets go in the end."""
     began_ms = clock.now_ms
