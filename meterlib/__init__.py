@@ -6,6 +6,7 @@ from meterlib.core.policy import Limit, Policy, Tenant
 from meterlib.core.usage import CacheCreation, Iteration, OutputTokensDetails, ServerToolUse, Usage
 from meterlib.errors import (
     EmbeddedError,
+    IntegrityError,
     InvalidInput,
     MeterError,
     PolicyError,
@@ -31,6 +32,7 @@ __all__ = [
     "CacheCreation",
     "Denial",
     "EmbeddedError",
+    "IntegrityError",
     "InvalidInput",
     "Iteration",
     "LedgerEntry",

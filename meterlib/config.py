@@ -28,44 +28,25 @@ DEFAULT_URL = "embedded://./meterlib-data"
 SWEEP_INTERVAL_MS_MAX = 3_600_000
 
 
-class StoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The table `[store]`: where limits and ledger are kept, and how the store is used.
+class StoreSettings(StoreOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The table `[store]`: where limits and ledger are kept, and how; the rest is as in `StoreOptions`.
 
     Attributes:
         url: as `Meter.connect` takes it; in a file, `embedded://./folder` is meant from where the file is.
-        shards: how many ledgers and groups of keys; chosen once for a store.
-        prefix: what all keys begin with.
-        retention_ms: how long the ids of ended reservations are remembered.
-        timeout_ms: how long one try waits for the server.
-        deadline_ms: how long a call tries altogether.
-        connections_max: how many connections a meter opens at most.
         when_down: what a reserve does while the store is down: `deny`, or `allow` it to pass unmetered.
-        journal: a local file for settlements that cannot reach the store; none by default.
+        journal: a local file for settlements that the store cannot take; none by default.
         sweep_interval_ms: within which time the background sweep has looked at every shard; 0 for never.
     """
 
     url: str = DEFAULT_URL
-    shards: int = 16
-    prefix: str = "meterlib"
-    retention_ms: int = 24 * 3_600_000
-    timeout_ms: int = 1000
-    deadline_ms: int = 5000
-    connections_max: int = 64
     when_down: Literal["deny", "allow"] = "deny"
     journal: str | None = None
     sweep_interval_ms: int = 10_000
 
     @property
     def options(self) -> StoreOptions:
-        """The part of the settings that all who share the store must agree on."""
-        return StoreOptions(
-            shards=self.shards,
-            prefix=self.prefix,
-            retention_ms=self.retention_ms,
-            timeout_ms=self.timeout_ms,
-            deadline_ms=self.deadline_ms,
-            connections_max=self.connections_max,
-        )
+        """The part of the settings that says how a store is used."""
+        return StoreOptions(**{name: getattr(self, name) for name in StoreOptions.__struct_fields__})
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -118,7 +99,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def load(cls, path: str | os.PathLike[str]) -> Config:
         """The settings of a file.
 
-        Relative places in it (`embedded://./…`, the journal, the gateway's key file) are meant from the file's folder.
+        Relative places in it (`embedded://./…`, journal, archive, key file, book) are meant from the file's folder.
 
         Raises:
             PolicyError: the file cannot be read, is no TOML (with the line), or a setting is not acceptable (with its
@@ -136,7 +117,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         key_file = config.gateway.key_file and os.path.normpath(folder / Path(config.gateway.key_file).expanduser())
         gateway = msgspec.structs.replace(config.gateway, key_file=key_file)
         book = config.billing.book and os.path.normpath(folder / Path(config.billing.book).expanduser())
-        billing = msgspec.structs.replace(config.billing, book=book)
+        archive = os.path.normpath(folder / Path(config.billing.archive).expanduser())
+        billing = msgspec.structs.replace(config.billing, book=book, archive=archive)
         return msgspec.structs.replace(config, store=store, limit=limits, gateway=gateway, billing=billing)
 
     @classmethod

@@ -11,10 +11,10 @@
     ├── IntegrityError         ledger and archive, or an archive and itself, do not agree: nobody should bill from it
     └── StoreError             the world's
         ├── StoreUnavailable   did not answer in time: the outcome is unknown, and every verb is safe to repeat
-        │   └── StoreOverloaded   too many operations wait for it already: nothing was sent
+        │   ├── StoreOverloaded   too many operations wait for it already: nothing was sent
+        │   └── EmbeddedError     the embedded server does not answer, or could not be started or joined
         ├── StoreRefused       said no, so nothing was written: out of memory, disk full, no permission
-        ├── StoreCorrupt       holds something that is not meterlib's, or of another layout; nothing was changed
-        └── EmbeddedError      the embedded server could not be started
+        └── StoreCorrupt       holds something that is not meterlib's, or of another layout; nothing was changed
 
 Errors carry fields, so that nobody has to parse a message, and survive pickling.
 """
@@ -171,11 +171,15 @@ class StoreUnavailable(StoreError):
 
     Attributes:
         operation: the verb that got no answer.
+        cause: what went wrong, in the client's words; empty where that is not known.
     """
+
+    cause = ""
 
     def __init__(self, operation: str, cause: str) -> None:
         super().__init__(f"{operation}: the store did not answer ({cause}); the outcome is unknown, repeating is safe")
         self.operation = operation
+        self.cause = cause
 
 
 class StoreOverloaded(StoreUnavailable):
@@ -207,5 +211,9 @@ class StoreCorrupt(StoreError):
     """The store holds something that is not meterlib's or is of another layout; nothing was changed."""
 
 
-class EmbeddedError(StoreError):
-    """The embedded server could not be found, started or joined."""
+class EmbeddedError(StoreUnavailable):
+    """The embedded server does not answer, or could not be found, started or joined; the message names its folder."""
+
+    def __init__(self, message: str) -> None:
+        StoreError.__init__(self, message)
+        self.operation = "embedded"

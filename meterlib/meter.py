@@ -18,14 +18,14 @@ from meterlib.core.decisions import LimitState
 from meterlib.core.ledger import CallFacts, LedgerEntry, Quality, Settlement
 from meterlib.core.policy import Funding, Policy
 from meterlib.core.usage import Usage
-from meterlib.errors import InvalidInput, MeterError, StoreError, StoreRefused, StoreUnavailable, UsageError
+from meterlib.errors import InvalidInput, MeterError, StoreError, StoreUnavailable, UsageError
 from meterlib.local import LocalLease
 from meterlib.store import flows
 from meterlib.store.commands import Flow, ShardHead
 from meterlib.store.connect import driver_for_client, driver_for_url
 from meterlib.store.drivers import Clock, StoreOptions
 from meterlib.store.flows import LEASE_MS, Context, Found, Granted, Swept
-from meterlib.store.journal import Journal
+from meterlib.store.journal import Journal, Waiting
 from meterlib.waiting import AsyncQueues, SyncQueues
 
 T = TypeVar("T")
@@ -87,7 +87,7 @@ class _Meter:
             clock: a test's clock in place of the server's; with one, nothing runs in the background.
             when_down: what `reserve` does while the store is down: `deny` raises StoreUnavailable, `allow` lets calls
                 pass without asking any limit (`reservation.metered` is False).
-            journal: a local file for settlements that cannot reach the store; they are replayed when it is back.
+            journal: a local file for settlements that the store cannot take; they are replayed when it can again.
             sweep_interval_ms: within which time the background sweep has looked at every shard; 0 for never.
         """
         return cls(
@@ -148,12 +148,9 @@ class _Meter:
         if self._journal is None:
             raise error
         self._journal.append(settlement)
-        log.warning("settlement.journalled", tenant=settlement.tenant, reservation_id=settlement.reservation_id)
-        return flows.unbooked(self._context, settlement)
-
-    def _not_replayed(self, settlement: Settlement, error: MeterError) -> None:
         fields = {"tenant": settlement.tenant, "reservation_id": settlement.reservation_id}
-        log.error("settlement.replay_refused", error=str(error), **fields)
+        log.warning("settlement.journalled", error=str(error), **fields)
+        return flows.unbooked(self._context, settlement)
 
     def _settlement(
         self,
@@ -167,20 +164,55 @@ class _Meter:
         call_facts = None
         if attributes is not None:
             funding = self._context.compiled.funding_of(tenant)
-            call_facts = CallFacts(tenant=tenant, attributes=attributes, funding=funding)
+            call_facts = CallFacts(tenant=tenant, attributes=_own(attributes), funding=funding)
         return Settlement(
             tenant=tenant,
             reservation_id=reservation_id,
             usage=usage,
             quality=quality,
-            facts=_given(facts, {}),
+            facts=_own(_given(facts, {})),
             call_facts=call_facts,
         )
+
+
+class _Replay:
+    """What became of the settlements that waited in a journal."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._stuck: set[int] = set()
+        self.over = False
+        self.made: list[Waiting] = []
+        self.refused: list[Waiting] = []
+
+    def is_due(self, item: Waiting) -> bool:
+        """Whether its shard has refused none of those before it."""
+        return self._context.shard_of(item.settlement.tenant) not in self._stuck
+
+    def failed(self, item: Waiting, error: MeterError) -> None:
+        """The store did not take it: it waits on, unless the trouble is its own."""
+        settlement = item.settlement
+        if isinstance(error, UsageError):  # the meter was closed meanwhile
+            raise error
+        if isinstance(error, StoreUnavailable):
+            self.over = True
+        elif isinstance(error, StoreError):
+            self._stuck.add(self._context.shard_of(settlement.tenant))
+        else:
+            self.refused.append(item)
+            fields = {"tenant": settlement.tenant, "reservation_id": settlement.reservation_id}
+            log.error("settlement.replay_refused", error=str(error), **fields)
 
 
 def _given(value: T | None, default: T) -> T:
     """What the caller gave, be it empty or wrong; checks come later, and None alone means nothing."""
     return default if value is None else value
+
+
+def _own(mapping: T) -> T:
+    """A copy of a caller's mapping, which it may change later; what is none is left to the checks."""
+    given: Any = mapping
+    return dict(given) if type(given) is dict or isinstance(given, Mapping) else given  # type: ignore[return-value]
 
 
 class _Held:
@@ -249,7 +281,7 @@ class _Held:
             reservation_id=granted.id,
             usage=usage,
             quality=quality,
-            facts=_given(facts, {}),
+            facts=_own(_given(facts, {})),
             call_facts=CallFacts(tenant=granted.tenant, attributes=granted.attributes, funding=granted.funding),
         )
 
@@ -295,6 +327,8 @@ class Meter(_Meter):
         InvalidInput: an argument is not acceptable; nothing was sent to the store.
         StoreUnavailable: the store did not answer in time; repeating the same call is safe.
         StoreRefused, StoreCorrupt: the store said no; nothing was written.
+
+    A settlement that the store cannot take for any of these three goes to the journal instead, if there is one.
     """
 
     _face = "sync"
@@ -329,7 +363,7 @@ class Meter(_Meter):
             ReservationEnded: the id was settled or cancelled, or has expired.
         """
         check_count(max_wait_ms, "max_wait_ms", LEASE_MS_MAX, least=0)
-        attributes, usage = _given(attributes, {}), _given(usage, Usage())
+        attributes, usage = _own(_given(attributes, {})), _given(usage, Usage())
 
         def attempt() -> Reservation:
             flow = flows.reserve(self._context, tenant, attributes, usage, reservation_id, lease_ms, funding)
@@ -391,7 +425,7 @@ class Meter(_Meter):
             attributes: the call's; only needed to charge a reservation that the store no longer knows.
 
         Returns:
-            The ledger entry; its `n` is 0 if the store is down and the settlement waits in the journal.
+            The ledger entry; its `n` is 0 if the store cannot take it now and the settlement waits in the journal.
 
         Raises:
             ReservationConflict: it was settled before with another usage, or the id is open for another tenant.
@@ -403,7 +437,7 @@ class Meter(_Meter):
     def _settle(self, settlement: Settlement) -> LedgerEntry:
         try:
             return self._run(flows.settle(self._context, settlement))
-        except (StoreUnavailable, StoreRefused) as error:
+        except StoreError as error:
             return self._journalled(error, settlement)
 
     def cancel(self, tenant: str, reservation_id: str) -> None:
@@ -433,6 +467,7 @@ class Meter(_Meter):
         Raises:
             ReservationConflict: the id was used before with another payload, or is open.
         """
+        attributes, facts = _own(attributes), _own(facts)
         return self._run(flows.record(self._context, tenant, attributes, usage, record_id, quality, facts, funding))
 
     def adjust(
@@ -515,24 +550,23 @@ class Meter(_Meter):
                 held._left_open()
 
     def replay(self) -> int:
-        """Make the settlements that wait in the journal; returns how many. Stops at the first that still cannot be.
+        """Make the settlements that wait in the journal; returns how many.
 
-        One that contradicts what is booked already is put aside, in a file named `.refused` beside the journal.
+        Those that the store still refuses go on waiting, with all others of their shard; out of its reach, all do. One
+        that contradicts what is booked already is put aside, in a file named `.refused` beside the journal.
         """
         if self._journal is None:
             return 0
-        made, refused = [], []
+        replay = _Replay(self._context)
         for item in self._journal.waiting():
-            try:
-                self._run(flows.settle(self._context, item.settlement))
-                made.append(item)
-            except StoreError:
-                break
-            except MeterError as error:
-                self._not_replayed(item.settlement, error)
-                refused.append(item)
-        self._journal.done(made, refused)
-        return len(made)
+            if not replay.over and replay.is_due(item):
+                try:
+                    self._run(flows.settle(self._context, item.settlement))
+                    replay.made.append(item)
+                except MeterError as error:
+                    replay.failed(item, error)
+        self._journal.done(replay.made, replay.refused)
+        return len(replay.made)
 
     def _run(self, flow: Flow[T]) -> T:
         self._check_open()
@@ -637,7 +671,7 @@ class AsyncMeter(_Meter):
     ) -> AsyncReservation:
         """Hold an estimate on every limit that the call touches, or on none; see `Meter.reserve`."""
         check_count(max_wait_ms, "max_wait_ms", LEASE_MS_MAX, least=0)
-        attributes, usage = _given(attributes, {}), _given(usage, Usage())
+        attributes, usage = _own(_given(attributes, {})), _given(usage, Usage())
         taken_id = flows.new_id() if reservation_id is None else reservation_id
 
         async def attempt() -> AsyncReservation:
@@ -712,7 +746,7 @@ class AsyncMeter(_Meter):
     async def _settle(self, settlement: Settlement) -> LedgerEntry:
         try:
             return await self._run(flows.settle(self._context, settlement))
-        except (StoreUnavailable, StoreRefused) as error:
+        except StoreError as error:
             return await asyncio.to_thread(self._journalled, error, settlement)
 
     async def cancel(self, tenant: str, reservation_id: str) -> None:
@@ -732,6 +766,7 @@ class AsyncMeter(_Meter):
         funding: Funding | None = None,
     ) -> LedgerEntry:
         """Book usage that had no reservation; see `Meter.record`."""
+        attributes, facts = _own(attributes), _own(facts)
         return await self._run(
             flows.record(self._context, tenant, attributes, usage, record_id, quality, facts, funding)
         )
@@ -800,18 +835,16 @@ class AsyncMeter(_Meter):
         """Make the settlements that wait in the journal; see `Meter.replay`."""
         if self._journal is None:
             return 0
-        made, refused = [], []
+        replay = _Replay(self._context)
         for item in await asyncio.to_thread(self._journal.waiting):
-            try:
-                await self._run(flows.settle(self._context, item.settlement))
-                made.append(item)
-            except StoreError:
-                break
-            except MeterError as error:
-                self._not_replayed(item.settlement, error)
-                refused.append(item)
-        await asyncio.to_thread(self._journal.done, made, refused)
-        return len(made)
+            if not replay.over and replay.is_due(item):
+                try:
+                    await self._run(flows.settle(self._context, item.settlement))
+                    replay.made.append(item)
+                except MeterError as error:
+                    replay.failed(item, error)
+        await asyncio.to_thread(self._journal.done, replay.made, replay.refused)
+        return len(replay.made)
 
     async def _run(self, flow: Flow[T]) -> T:
         self._check_open()

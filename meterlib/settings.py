@@ -1,4 +1,4 @@
-"""What `meterlib.toml` says of the gateway and its tenants: where it listens, whom it forwards to, who may call."""
+"""What `meterlib.toml` says of gateway, tenants and billing: where it listens, who may call, where it exports to."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ _WORD = re.compile(r"[!-+\--~]{1,256}")
 _ATTRIBUTE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
 _OWN_ATTRIBUTES = ("provider", "model", "key")
 
+SEGMENT_ENTRIES_MAX = 1_000_000
+
 CLAUDE_CODE_ATTRIBUTES = {"session": "x-claude-code-session-id", "agent": "x-claude-code-agent-id"}
 
 
@@ -48,9 +50,11 @@ class TenantSettings(Tenant, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class BillingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The table `[billing]`: at what prices usage is rated.
+    """The table `[billing]`: where the ledger is exported to, and at what prices usage is rated.
 
     Attributes:
+        archive: the folder of the archive; in a file, a relative one is meant from where the file is.
+        segment_entries: how many entries of a shard make one file of the archive; another number holds from then on.
         book: a file with prices of one's own, which go before all others; `meterlib prices import` writes it.
         fallback: where prices are looked up that neither that book nor the one that comes with meterlib has:
             `genai-prices`, if it is installed, or `none`.
@@ -60,6 +64,8 @@ class BillingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         upstream_discount: off the list price, of what the provider takes from you.
     """
 
+    archive: str = "meterlib-archive"
+    segment_entries: int = 50_000
     book: str | None = None
     fallback: Literal["genai-prices", "none"] = "genai-prices"
     discount: str = "0%"
@@ -68,6 +74,11 @@ class BillingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     upstream_discount: str = "0%"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.archive, str) or not self.archive.strip():
+            raise PolicyError("billing.archive", "the name of a folder is needed")
+        if type(self.segment_entries) is not int or not 1 <= self.segment_entries <= SEGMENT_ENTRIES_MAX:
+            problem = f"1 to {SEGMENT_ENTRIES_MAX} are allowed, not {shown(self.segment_entries)}"
+            raise PolicyError("billing.segment_entries", problem)
         if self.book is not None and not str(self.book).strip():
             raise PolicyError("billing.book", "the name of a file is needed; leave the setting out for none")
         if self.fallback not in ("genai-prices", "none"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from meterlib import AsyncMeter, Limit, Meter, Policy, PolicyError, Tenant
+from meterlib import AsyncMeter, Limit, Meter, Policy, PolicyError, StoreOptions, Tenant
 from meterlib.config import FILE_BYTES_MAX, Config, StoreSettings
 
 LIMIT = '[[limit]]\nname = "requests"\nquota = 5\nwindow = "1m"\n'
@@ -45,22 +45,29 @@ def test_each_setting_of_the_store_reaches_the_meter(file: Path) -> None:
     """What the file says of the store is what a meter made from it uses."""
     file.write_text(
         '[store]\nurl = "memory://"\nshards = 2\nprefix = "shop"\nretention_ms = 60_000\ntimeout_ms = 7\n'
-        'deadline_ms = 70\nconnections_max = 3\nwhen_down = "allow"\njournal = "j"\nsweep_interval_ms = 0\n'
+        "deadline_ms = 70\nconnections_max = 3\nsweep_max = 9\n"
+        'when_down = "allow"\njournal = "j"\nsweep_interval_ms = 0\n'
     )
 
     store = Config.load(file).store
 
-    assert (2, "shop", 60_000, 7, 70, 3) == (
+    assert (2, "shop", 60_000, 7, 70, 3, 9) == (
         store.options.shards,
         store.options.prefix,
         store.options.retention_ms,
         store.options.timeout_ms,
         store.options.deadline_ms,
         store.options.connections_max,
+        store.options.sweep_max,
     )
     assert ("allow", 0) == (store.when_down, store.sweep_interval_ms)
     with Config.load(file).connect() as meter:
         assert 2 == meter.shards
+
+
+def test_the_settings_of_a_store_have_the_defaults_of_its_options() -> None:
+    """A meter made in code and one made from an empty file use the store alike."""
+    assert StoreOptions() == Config().store.options
 
 
 async def _async_meter(config: Config) -> AsyncMeter:

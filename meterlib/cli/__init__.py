@@ -12,8 +12,8 @@ from importlib import import_module
 import structlog
 
 import meterlib
-from meterlib.cli.exits import FAILURE, INTERRUPTED, OK, USAGE
-from meterlib.errors import InvalidInput, MeterError, PolicyError, UsageError
+from meterlib.cli.exits import FAILURE, INTEGRITY, INTERRUPTED, OK, USAGE
+from meterlib.errors import IntegrityError, InvalidInput, MeterError, PolicyError, UsageError
 
 COMMANDS = {
     "demo": "watch made-up traffic being limited and metered on a real embedded server",
@@ -23,6 +23,9 @@ COMMANDS = {
     "limits": "how every limit of a tenant stands: quota, used, held, remaining, and when it frees",
     "doctor": "check the server, its durability, the clocks, the ledger, and that each limit can deny",
     "ledger": "the raw ledger entries",
+    "export": "bring the ledger into the archive, exactly once; tell how far it is; trim what is exported",
+    "verify": "check an archive offline: files, sequence, digests, control totals",
+    "prices": "the price book that usage is rated at: show it, compare it, import another one",
 }
 
 DESCRIPTION = """\
@@ -46,6 +49,7 @@ exit codes:
   1    the command found a failure, or the store failed
   2    wrong usage or configuration; nothing was done
   3    the report is incomplete (only with --strict)
+  5    ledger and archive, or an archive and itself, do not agree
   130  interrupted (Ctrl-C)
 """
 
@@ -69,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return OK
     except MeterError as error:
         print(f"meterlib: {error}", file=sys.stderr)
+        if isinstance(error, IntegrityError):
+            return INTEGRITY
         return USAGE if isinstance(error, InvalidInput | PolicyError | UsageError) else FAILURE
     except UnicodeEncodeError as error:
         shown = ascii(error.object[error.start : error.end])

@@ -9,21 +9,20 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from pathlib import Path
 
 import msgspec
-from redis.exceptions import RedisError
 
 from meterlib.cli import doctor_limits, doctor_server
 from meterlib.cli.doctor_findings import Finding, failure, ok, warning
 from meterlib.cli.exits import FAILURE, OK
 from meterlib.cli.options import add_config, add_json
-from meterlib.cli.store import Store
+from meterlib.cli.store import Store, check_exists, no_answer, settings_file
 from meterlib.cli.times import span_text, terminal_width
-from meterlib.config import FILE_NAME, Config
-from meterlib.errors import MeterError, StoreCorrupt, StoreRefused
+from meterlib.config import Config
+from meterlib.errors import EmbeddedError, MeterError, StoreCorrupt, StoreUnavailable
 from meterlib.store.commands import ShardHead
 from meterlib.store.embedded import parse_embedded_url
+from meterlib.store.faults import FAILURES
 from meterlib.store.journal import Journal
 
 HELP = """\
@@ -34,7 +33,8 @@ nobody swept, and settlements that wait in the journal.
 
 Each configured limit is proven able to deny: on the real server, under a prefix of
 its own that is deleted afterwards, its quota is filled, and one more must be denied.
-Nothing else changes (but a store that was never used learns its number of shards).
+Nothing else changes (but a store that was never used learns its number of shards);
+an embedded store that does not exist yet is told, and not created.
 ---
 examples:
   meterlib doctor
@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print what was found; returns the exit code."""
     config = Config.find(arguments.config)
+    check_exists(config)
     with closing(Store(config)) as store:
         findings = list(_findings(store, arguments.config))
     counts = {status: sum(finding.status == status for finding in findings) for status in _COLORS}
@@ -72,11 +73,16 @@ def run(arguments: argparse.Namespace) -> int:
 def _findings(store: Store, file: str | None) -> Iterator[Finding]:
     yield _configuration(store.config, file)
     try:
+        store.reach()
         store.head(0)
+    except EmbeddedError as error:
+        yield failure("store", str(error), "see the server's log, which is in that folder")
+        return
+    except StoreUnavailable as error:
+        yield failure("store", no_answer(error, store.config, file), "does a server run there?")
+        return
     except MeterError as error:
-        refused = isinstance(error, StoreRefused)
-        advice = "is [store] url right, user and password too?" if refused else "is it running where [store] url says?"
-        yield failure("store", str(error), advice)
+        yield failure("store", str(error), "is [store] url right, user and password too?")
         return
     yield _place(store.config.store.url)
     now_ms: int | None = None
@@ -88,7 +94,7 @@ def _findings(store: Store, file: str | None) -> Iterator[Finding]:
                 for finding in doctor_server.examine(node, cluster=hasattr(store.client, "get_primaries")):
                     yield msgspec.structs.replace(finding, check=prefix + finding.check)
             now_ms = nodes[0].clock().server_ms
-        except (RedisError, OSError) as error:
+        except FAILURES as error:
             yield failure("server", f"{type(error).__name__}: {error}", "is the server running?")
             return
     yield from _shards(store, now_ms)
@@ -97,7 +103,7 @@ def _findings(store: Store, file: str | None) -> Iterator[Finding]:
 
 
 def _configuration(config: Config, file: str | None) -> Finding:
-    found = file or (FILE_NAME if Path(FILE_NAME).exists() else "no file, so the defaults")
+    found = settings_file(file) or "no file, so the defaults"
     limits, tenants = len(config.policy.limits), len(config.tenant)
     found += f": {limits} limits, {tenants} tenants with settings of their own"
     if not limits:
@@ -144,7 +150,7 @@ def _shards(store: Store, now_ms: int | None) -> Iterator[Finding]:
         except StoreCorrupt as error:
             yield failure("layout", str(error))
             return
-        except (MeterError, RedisError) as error:
+        except (MeterError, *FAILURES) as error:
             found.append(failure(f"shard {shard}", str(error)))
             continue
         entries += head.ledger_length

@@ -13,7 +13,6 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import msgspec
-from redis.exceptions import RedisError
 
 from meterlib.cli.doctor_findings import Finding, failure, ok, warning
 from meterlib.cli.times import span_text
@@ -25,7 +24,8 @@ from meterlib.core.operations import Reply, Reserve
 from meterlib.core.policy import BoundLimit, CompiledPolicy, Limit, Policy, reservation_field
 from meterlib.core.usage import FORMULAS, Usage
 from meterlib.errors import InvalidInput, MeterError
-from meterlib.store.connect import driver_for_url
+from meterlib.store.connect import client_of, driver_for_url
+from meterlib.store.faults import FAILURES
 from meterlib.store.keys import layout_key, shard_keys
 from meterlib.testing import Clock
 
@@ -76,14 +76,16 @@ class _Bench:
 
     def cleared(self) -> bool:
         """Whether all that was written is deleted."""
-        client = getattr(self._driver, "client", None)
-        if client is None or not self._made:
+        if not self._made:
             return True
         try:
+            client = client_of(self._driver)
+            if client is None:
+                return True
             for key in (*shard_keys(self.prefix, 0), layout_key(self.prefix)):
                 if client.exists(key):
                     client.delete(key)
-        except (RedisError, OSError):
+        except FAILURES:
             return False
         return True
 

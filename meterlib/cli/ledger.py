@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = Config.find(arguments.config)
     if arguments.tenant is not None:
         check_tenant(arguments.tenant)
-    with opened(config) as store:
+    with opened(config, arguments.config) as store:
         shards = _shards(store, arguments)
         entries = _wanted(store, shards, arguments)
         for position, entry in enumerate(entries):

@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise InvalidInput("--attribute", "one name is given two values")
     check_attributes(attributes)
     config = Config.find(arguments.config)
-    with opened(config) as store:
+    with opened(config, arguments.config) as store:
         lines = _asked(store, tenant, attributes) if attributes else _known(store, config, tenant)
     if arguments.json:
         _print_json(config, tenant, lines)

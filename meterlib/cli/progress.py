@@ -24,17 +24,19 @@ class Progress:
     def __enter__(self) -> Self:
         return self
 
-    def advance(self) -> None:
-        """One more is done."""
-        self._done += 1
-        if self._watched and self._done % 500 == 0 and time.monotonic() - self._since_s > PATIENCE_S:
+    def advance(self, count: int = 1) -> None:
+        """So many more are done."""
+        before, self._done = self._done, self._done + count
+        often = before // 500 != self._done // 500
+        if self._watched and often and time.monotonic() - self._since_s > PATIENCE_S:
             self._show()
 
     def _show(self) -> None:
         total = max(self._total, self._done)  # the ledger may be growing
         if self._shown is None:
             self._shown = _bar(self._what, total) or _Line(self._what)
-        self._shown.update(0, completed=self._done, total=total)
+        rate = self._done / (time.monotonic() - self._since_s)
+        self._shown.update(0, completed=self._done, total=total, rate=rate)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -47,11 +49,14 @@ def _bar(what: str, total: int) -> Any:
     """A bar, if rich is installed."""
     try:
         from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
     except ImportError:
         return None
-    bar = Bar(console=Console(stderr=True), transient=True)
-    bar.add_task(what, total=total)
+    counted = TextColumn("{task.completed:,.0f} of {task.total:,.0f}, {task.fields[rate]:,.0f}/s")
+    columns = (TextColumn("{task.description}"), BarColumn(), counted, TimeRemainingColumn())
+    bar = Bar(*columns, console=Console(stderr=True), transient=True)
+    bar.add_task(what, total=total, rate=0)
     bar.start()
     return bar
 
@@ -62,9 +67,11 @@ class _Line:
     def __init__(self, what: str) -> None:
         self._what = what
 
-    def update(self, task: int, *, completed: int, total: int) -> None:
-        """Show how far it is."""
-        print(f"\r{self._what}: {completed:,} of {total:,}", end="", file=sys.stderr, flush=True)
+    def update(self, task: int, *, completed: int, total: int, rate: float) -> None:
+        """Show how far it is, and how long it will take."""
+        left_s = (total - completed) / rate
+        text = f"{self._what}: {completed:,} of {total:,}, {rate:,.0f}/s, {left_s:,.0f} s left"
+        print(f"\r{text}\033[K", end="", file=sys.stderr, flush=True)
 
     def stop(self) -> None:
         """Wipe the line out."""

@@ -121,7 +121,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print a report; returns the exit code."""
     report = _checked(arguments)
     config = Config.find(arguments.config)
-    with opened(config) as store:
+    with opened(config, arguments.config) as store:
         completeness = _read(store, report)
     if arguments.format == "csv":
         _print_csv(report, completeness)
@@ -279,6 +279,11 @@ def _completeness_lines(report: Report | Estimates, completeness: Completeness) 
         lines = [f"complete: {count} of {whose}, no gap"]
     else:
         lines = [f"INCOMPLETE: {count} of {whose}; missing: {_gaps_text(shards)}"]
+        trimmed = [f"{shard.shard}:{shard.first}" for shard in shards if _begins_late(shard)]
+        if trimmed:
+            more = f", and {len(trimmed) - SHARDS_SHOWN} shards more" if len(trimmed) > SHARDS_SHOWN else ""
+            begins = ", ".join(trimmed[:SHARDS_SHOWN])
+            lines.append(f"the store's ledger begins at {begins}{more}; what was trimmed before is in the archive")
     used = [shard for shard in shards if shard.entries]
     if used:
         ranges = [f"{shard.shard}:{shard.first}-{shard.last}" for shard in used[:SHARDS_SHOWN]]
@@ -301,6 +306,11 @@ def _completeness_lines(report: Report | Estimates, completeness: Completeness) 
     return [
         part for line in lines for part in textwrap.wrap(line, width, subsequent_indent="  ", break_on_hyphens=False)
     ]
+
+
+def _begins_late(shard: ShardCompleteness) -> bool:
+    """Whether what is missing, first of all, is what came before the store's first entry: it may have been trimmed."""
+    return bool(shard.gaps) and shard.gaps[0].first == 1 and shard.gaps[0].last == shard.first - 1
 
 
 def _gaps_text(shards: Sequence[ShardCompleteness]) -> str:

@@ -7,14 +7,15 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from meterlib.config import Config
+from meterlib.config import DEFAULT_URL, FILE_NAME, Config
 from meterlib.core.decisions import LimitState
 from meterlib.core.ledger import LedgerEntry
 from meterlib.core.operations import Peek, Reply
-from meterlib.errors import PolicyError
+from meterlib.errors import EmbeddedError, PolicyError, StoreError, StoreUnavailable
 from meterlib.store import flows
 from meterlib.store.commands import Call, Flow, ShardHead
-from meterlib.store.connect import driver_for_url
+from meterlib.store.connect import client_of, driver_for_url, shown_url
+from meterlib.store.drivers import SyncDriver
 from meterlib.store.embedded import parse_embedded_url
 from meterlib.store.flows import Context, Partition
 
@@ -92,7 +93,12 @@ class Store:
     @property
     def client(self) -> Any:
         """The redis-py client underneath; None for a store in memory."""
-        return getattr(self._driver, "client", None)
+        return client_of(self._driver)
+
+    def reach(self) -> None:
+        """Raise StoreUnavailable at once if nobody serves the store."""
+        if isinstance(self._driver, SyncDriver):
+            self._driver.reach()
 
     def close(self) -> None:
         """Close what was opened; an embedded server that was started for this stops, if nobody else uses it."""
@@ -108,20 +114,49 @@ def _clock_ms(shard: int) -> Flow[int]:
 
 
 @contextmanager
-def opened(config: Config) -> Iterator[Store]:
+def opened(config: Config, file: str | None = "") -> Iterator[Store]:
     """The store of a configuration; one that is there, and of the layout that the configuration says.
 
     With another number of shards it would be read in part, and nobody would notice.
 
+    Args:
+        config: the settings.
+        file: what the command was told by `--config`, to say which file's setting leads nowhere; "" not to say it.
+
     Raises:
         PolicyError: it is an embedded one that does not exist, and is not to be created by merely looking at it.
         StoreCorrupt: it is of another layout.
+        StoreError: nobody serves it.
     """
+    check_exists(config)
+    with closing(Store(config)) as store:
+        try:
+            store.reach()
+            store.clock_ms(0)
+            yield store
+        except EmbeddedError:  # which names its folder
+            raise
+        except StoreUnavailable as error:
+            raise StoreError(f"{no_answer(error, config, file)}; does a server run there?") from error
+
+
+def no_answer(error: StoreUnavailable, config: Config, file: str | None) -> str:
+    """That nobody answers, with the place, the setting that leads there, and the cause."""
+    found = None if file == "" else settings_file(file)
+    setting = f"[store] url of {found}" if found else "[store] url"
+    by_default = " by default" if config.store.url == DEFAULT_URL else ""
+    return f"nobody answers at {shown_url(config.store.url)}, which is {setting}{by_default}: {error.cause or error}"
+
+
+def settings_file(file: str | None) -> str | None:
+    """The file that the settings were read from, as `Config.find` does; None if there is none."""
+    return file or (FILE_NAME if Path(FILE_NAME).exists() else None)
+
+
+def check_exists(config: Config) -> None:
+    """Raise PolicyError if the store is an embedded one whose folder does not exist."""
     if config.store.url.startswith("embedded://"):
         folder = Path(parse_embedded_url(config.store.url))
         if not folder.exists():
             problem = f"the embedded store {folder} does not exist yet; the first meter that uses it creates it"
             raise PolicyError("store.url", problem)
-    with closing(Store(config)) as store:
-        store.clock_ms(0)
-        yield store

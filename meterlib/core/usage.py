@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 from msgspec.structs import astuple, force_setattr
 
-from meterlib.core.checks import check_amount, check_text, shown
+from meterlib.core.checks import AMOUNT_MAX, check_amount, check_text, shown
 from meterlib.errors import InvalidInput
 
 
@@ -17,7 +17,7 @@ class _Counts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     def __post_init__(self) -> None:
         for position, value in enumerate(astuple(self)):
-            if value is None or (type(value) is int and 0 <= value <= 9007199254740991):
+            if value is None or (type(value) is int and 0 <= value <= AMOUNT_MAX):
                 continue
             name = self.__struct_fields__[position]
             if name not in _NO_COUNTS:
@@ -183,12 +183,13 @@ FORMULAS: Mapping[str, Callable[[Usage], int | None]] = {
 
 
 def amount_of(usage: Usage, unit: str) -> int | None:
-    """How much of a unit a usage amounts to; None where that is not known."""
+    """How much of a unit a usage amounts to, as far as the store can count; None where that is not known."""
     formula = FORMULAS.get(unit)
-    return formula(usage) if formula else usage.amounts.get(unit)
+    amount = formula(usage) if formula else usage.amounts.get(unit)
+    return AMOUNT_MAX if amount is not None and amount > AMOUNT_MAX else amount
 
 
 def amounts_of(usage: Usage, units: Sequence[str]) -> tuple[tuple[str, int], ...]:
     """The known amounts of a usage in the given units."""
     known = ((unit, amount_of(usage, unit)) for unit in units)
-    return tuple((unit, min(amount, 9007199254740991)) for unit, amount in known if amount is not None)
+    return tuple((unit, amount) for unit, amount in known if amount is not None)

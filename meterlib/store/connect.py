@@ -77,6 +77,14 @@ def _check_url(url: str, scheme: str) -> None:
         raise InvalidInput("url", "a service is needed, and perhaps a database: redis+sentinel://host:26379/SERVICE/0")
 
 
+def shown_url(url: str) -> str:
+    """Where a URL leads, for a message: without user, password and settings, any of which may be a secret."""
+    scheme, _, rest = url.partition("://")
+    place = rest.partition("?")[0]
+    host, slash, path = place.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
+
 class _Later:
     """A client that is made at its first call: a cluster's asks its nodes as soon as it is made."""
 
@@ -86,13 +94,22 @@ class _Later:
         self._lock = Lock()
 
     def execute_command(self, *words: Any, **options: Any) -> Any:
+        return self.made().execute_command(*words, **options)
+
+    def made(self) -> Any:
         with self._lock:
             self._client = self._client or self._make()
-        return self._client.execute_command(*words, **options)
+        return self._client
 
     def close(self) -> None:
         if self._client:
             self._client.close()
+
+
+def client_of(driver: Any) -> Any:
+    """The redis-py client that a driver sends its calls by; None for a store in memory."""
+    client = getattr(driver, "client", None)
+    return client.made() if isinstance(client, _Later) else client
 
 
 def driver_for_client(client: Any, options: StoreOptions, clock: Clock | None, face: Face) -> Any:
@@ -149,7 +166,8 @@ def _cluster(url: str, options: StoreOptions, face: Face) -> Any:
         from redis.asyncio.cluster import RedisCluster
     else:
         from redis.cluster import RedisCluster  # type: ignore[assignment]
-    plain_url, settings = url.replace("+cluster", "", 1), _settings(options, face)
+    plain_url = url.replace("+cluster", "", 1)
+    settings = _settings(options, face) | {"max_connections": options.connections_max}  # to each node
     if face == "async":
         return RedisCluster.from_url(plain_url, **settings)
     return _Later(lambda: RedisCluster.from_url(plain_url, **settings))
@@ -166,7 +184,11 @@ def _sentinel(url: str, options: StoreOptions, face: Face) -> Any:
     nodes = [
         (host or "localhost", int(port or 26379)) for host, _, port in (n.partition(":") for n in hosts.split(","))
     ]
-    settings = _settings(options, face) | {"username": parts.username, "password": parts.password}
+    settings = _settings(options, face) | {
+        "username": parts.username,
+        "password": parts.password,
+        "max_connections": options.connections_max,
+    }
     sentinel: Any = Sentinel
     watchers = sentinel(nodes, sentinel_kwargs=_settings(options, face))
     return watchers.master_for(service, db=int(database or 0), **settings)

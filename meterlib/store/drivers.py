@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from struct import Struct
 from typing import Any, Protocol, TypeVar
 
@@ -16,6 +17,7 @@ from redis.exceptions import NoScriptError
 from meterlib.core import rules
 from meterlib.core.operations import Reply, Value, packed, unpacked
 from meterlib.errors import MeterError, PolicyError, StoreCorrupt, StoreRefused, StoreUnavailable, UsageError
+from meterlib.store import forgetful
 from meterlib.store.batching import AsyncBatching, SyncBatching
 from meterlib.store.commands import (
     Call,
@@ -29,7 +31,8 @@ from meterlib.store.commands import (
     TrimLedger,
 )
 from meterlib.store.embedded import EmbeddedServer
-from meterlib.store.faults import FAILURES, Attempts, corrupt
+from meterlib.store.embedded_wait import wait_for, wait_for_async
+from meterlib.store.faults import FAILURES, Attempts, corrupt, out_of_reach
 from meterlib.store.keys import layout, layout_key, shard_keys
 from meterlib.store.scripts import Script, script
 
@@ -99,6 +102,7 @@ class _Calls:
     def __init__(self, options: StoreOptions, clock: Clock | None, *, plain: bool) -> None:
         self.options = options
         self._clock = clock
+        self.real_time = clock is None
         self._plain = plain
         keys = [shard_keys(options.prefix, shard) for shard in range(options.shards)]
         self._names = keys
@@ -170,6 +174,7 @@ class SyncDriver:
         self._calls = _Calls(options, clock, plain=plain)
         self.server: EmbeddedServer | None = None
         self._layout_checked = False
+        self._ready = False
         self._batching = SyncBatching(self, options.deadline_ms)
 
     def run(self, flow: Flow[T]) -> T:
@@ -221,8 +226,8 @@ class SyncDriver:
         deadline_s: float | None = None,
     ) -> list[Reply]:
         """Run a batch of operations of one script on one shard, in one call, in the time that they have left."""
-        if not self._layout_checked:
-            self._check_layout(reads=name in READING)
+        if not self._ready:
+            self._prepare(reads=name in READING)
         _, text, sha = self._calls.script(name)
         arguments = self._calls.arguments(shard, operations, sweep_max)
         attempts: Attempts | None = None
@@ -240,7 +245,7 @@ class SyncDriver:
             except FAILURES as error:
                 deadline_ms = self.options.deadline_ms if deadline_s is None else deadline_s * 1000
                 attempts = attempts or Attempts(name, deadline_ms, began_s)
-                self._pause(attempts.pause_s(error))
+                self._pause(attempts, error)
 
     def _retrying(self, name: str, *words: Value) -> Any:
         attempts = Attempts(name, self.options.deadline_ms)
@@ -248,7 +253,7 @@ class SyncDriver:
             try:
                 return self._send(*words)
             except FAILURES as error:
-                self._pause(attempts.pause_s(error))
+                self._pause(attempts, error)
 
     def _send(self, *words: Value) -> Any:
         try:
@@ -264,6 +269,17 @@ class SyncDriver:
         pool = getattr(self.client, "connection_pool", None)
         if pool is not None:
             pool.disconnect(inuse_connections=False)
+
+    def _prepare(self, *, reads: bool) -> None:
+        """What comes before the first call, and before the first that writes."""
+        if not self._layout_checked:
+            self._check_layout(reads=reads)
+        if reads or not self._layout_checked or self._ready:
+            return
+        self._ready = True
+        if self._calls.real_time:
+            with suppress(*FAILURES, TypeError):  # managed servers may forbid it, and stand-ins not know it
+                forgetful.tell(self.client.execute_command("INFO"))
 
     def _check_layout(self, *, reads: bool = False) -> None:
         """Tenants are spread over shards by their number: nobody may use the store with another one.
@@ -286,10 +302,22 @@ class SyncDriver:
             raise corrupt("layout", f"METERLIB_LAYOUT {stored.decode()} is the layout of the store, not {own}")
         self._layout_checked = True
 
-    def _pause(self, seconds: float) -> None:
+    def _pause(self, attempts: Attempts, error: Exception) -> None:
+        wait_s = attempts.pause_s(error)
         if self.server:
-            self.server.ensure()
-        time.sleep(seconds)
+            wait_for(self.server, attempts.left_s())
+        time.sleep(wait_s)
+
+    def reach(self) -> None:
+        """Raise at once if nobody can be there to answer, where a call would go on trying until its deadline."""
+        if self.server:
+            return
+        try:
+            self._send("GET", layout_key(self.options.prefix))
+        except FAILURES as error:
+            cause = out_of_reach(error)
+            if cause:
+                raise StoreUnavailable("reach", cause) from error
 
     def close(self) -> None:
         self.client.close()
@@ -304,6 +332,7 @@ class AsyncDriver:
         self._calls = _Calls(options, clock, plain=plain)
         self.server: EmbeddedServer | None = None
         self._layout_checked = False
+        self._ready = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._batching = AsyncBatching(self, options.deadline_ms)
 
@@ -361,8 +390,8 @@ class AsyncDriver:
         deadline_s: float | None = None,
     ) -> list[Reply]:
         """Run a batch of operations of one script on one shard, in one call, in the time that they have left."""
-        if not self._layout_checked:
-            await self._check_layout(reads=name in READING)
+        if not self._ready:
+            await self._prepare(reads=name in READING)
         _, text, sha = self._calls.script(name)
         arguments = self._calls.arguments(shard, operations, sweep_max)
         attempts: Attempts | None = None
@@ -377,7 +406,7 @@ class AsyncDriver:
             except FAILURES as error:
                 deadline_ms = self.options.deadline_ms if deadline_s is None else deadline_s * 1000
                 attempts = attempts or Attempts(name, deadline_ms, began_s)
-                await self._pause(attempts.pause_s(error))
+                await self._pause(attempts, error)
 
     async def _retrying(self, name: str, *words: Value) -> Any:
         attempts = Attempts(name, self.options.deadline_ms)
@@ -385,7 +414,18 @@ class AsyncDriver:
             try:
                 return await self.client.execute_command(*words, NEVER_DECODE=True)
             except FAILURES as error:
-                await self._pause(attempts.pause_s(error))
+                await self._pause(attempts, error)
+
+    async def _prepare(self, *, reads: bool) -> None:
+        """What comes before the first call, and before the first that writes."""
+        if not self._layout_checked:
+            await self._check_layout(reads=reads)
+        if reads or not self._layout_checked or self._ready:
+            return
+        self._ready = True
+        if self._calls.real_time:
+            with suppress(*FAILURES, TypeError):  # managed servers may forbid it, and stand-ins not know it
+                forgetful.tell(await self.client.execute_command("INFO"))
 
     async def _check_layout(self, *, reads: bool = False) -> None:
         """Tenants are spread over shards by their number: nobody may use the store with another one.
@@ -408,10 +448,11 @@ class AsyncDriver:
             raise corrupt("layout", f"METERLIB_LAYOUT {stored.decode()} is the layout of the store, not {own}")
         self._layout_checked = True
 
-    async def _pause(self, seconds: float) -> None:
+    async def _pause(self, attempts: Attempts, error: Exception) -> None:
+        wait_s = attempts.pause_s(error)
         if self.server:
-            await asyncio.to_thread(self.server.ensure)
-        await asyncio.sleep(seconds)
+            await wait_for_async(self.server, attempts.left_s())
+        await asyncio.sleep(wait_s)
 
     async def aclose(self) -> None:
         await self.client.aclose()

@@ -12,7 +12,8 @@ stops it by its process id, and is joined by all that come.
 
 Killing the owner or the guard loses nothing that was acknowledged. A crash of the machine, or of a server whose disk
 lags, may lose the last second or two (`appendfsync everysec`); Valkey then cuts the file off where it ends inside a
-write. A damaged length in the middle of the file looks the same to it: only the log tells ("Truncating the AOF").
+write. A damaged length in the middle of the file looks the same to it, and only its log tells; so whoever starts it
+looks there, and logs `store.data_cut_off` with the number of bytes that are gone.
 
 A process forked from the owner does not become an owner: it detaches at once and joins like any other process, so the
 server stops with the owner and not with the last of its children. That holds for every fork that Python knows of
@@ -37,6 +38,7 @@ import hashlib
 import importlib.util
 import io
 import os
+import re
 import shlex
 import socket
 import stat
@@ -45,10 +47,17 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from urllib.parse import unquote
+from weakref import WeakSet
+
+import structlog
 
 from meterlib.errors import EmbeddedError
+
+log = structlog.get_logger("meterlib")
 
 START_SECONDS = 10.0
 """How long a server we started may say nothing at all. One that says it is loading is waited for without end."""
@@ -66,6 +75,7 @@ _LOADING_POLL_SECONDS = 0.05
 _LOADING_SILENCE_SECONDS = 60.0
 _GUARD = Path(__file__).with_name("embedded_guard.py")
 _GUARD_STOP_SECONDS = 15.0
+_CUT_OFF = re.compile(r"Truncating the AOF (\S+) at offset (\d+)")
 
 _CONFIGURATION = {
     "port": "0",
@@ -111,7 +121,8 @@ class _Answer(enum.Enum):
 class EmbeddedServer:
     """One folder's Valkey server, started by whoever comes first and shared by the rest.
 
-    All methods may be called from any thread; none uses signals or an event loop.
+    All methods may be called from any thread; none uses signals or an event loop. Who has only so much time asks for
+    `ensuring()`; see `embedded_wait`.
 
     Attributes:
         folder: what was asked for, as an absolute path.
@@ -124,8 +135,20 @@ class EmbeddedServer:
         self._guard: subprocess.Popen[bytes] | None = None
         self._guard_has_served = False
         self._log_start = 0
+        self._sizes_before: dict[str, int] = {}
+        self._has_served = False
+        self._is_loading = False
+        self._failure_told = False
+        self._make_locks()
+        with _no_fork:
+            _servers.add(self)
+
+    def _make_locks(self) -> None:
         self._starting_or_closing = threading.RLock()
         self._give_up = threading.Event()
+        self._one_looks = threading.Lock()
+        self._looking: threading.Thread | None = None
+        self._found: Future[None] | None = None
 
     @property
     def socket_path(self) -> Path:
@@ -156,12 +179,47 @@ class EmbeddedServer:
             except OSError as error:
                 raise EmbeddedError(f"the embedded store in {self.folder} cannot be used: {error}") from error
 
+    def ensuring(self) -> Future[None]:
+        """`ensure()` in a thread of its own, one for all who ask meanwhile; done when it is."""
+        with self._one_looks:
+            if self._found is None or self._found.done():
+                self._found = Future()
+                self._found.set_running_or_notify_cancel()
+                thread = threading.Thread(
+                    target=self._look, args=(self._found,), name=f"meterlib-embedded-{self.folder.name}", daemon=True
+                )
+                try:
+                    thread.start()
+                    self._looking = thread
+                except RuntimeError:  # the interpreter is about to exit: no thread begins any more
+                    self._look(self._found)
+            return self._found
+
+    def _look(self, found: Future[None]) -> None:
+        try:
+            self.ensure()
+        except BaseException as error:
+            if not self._failure_told and not self._give_up.is_set():
+                log.error("store.embedded_failed", error=str(error))
+            self._failure_told = True
+            found.set_exception(error)
+        else:
+            self._failure_told = False
+            found.set_result(None)
+
+    @property
+    def coming(self) -> bool:
+        """It never served us, and is about to: we have just started it, or it says that it loads its data."""
+        return not self._has_served and (self._is_loading or self._guard is not None)
+
     def close(self) -> None:
         """The server is stopped, all its data on disk, if this object owns it; else this object is merely detached.
 
         Happens by itself when the interpreter exits.
         """
         self._give_up.set()
+        if self._looking is not None:
+            self._looking.join()
         with self._starting_or_closing:
             self._give_up.clear()
             self._stop_guard()
@@ -177,8 +235,9 @@ class EmbeddedServer:
     def _wait_for_server(self) -> None:
         """Ends when the server serves. Each round does the one thing that the answer of the socket asks for."""
         patience, since = HANDOVER_SECONDS, time.monotonic()
-        while True:
+        while not self._give_up.is_set():
             answer = self._ask()
+            self._is_loading = answer is _Answer.LOADING
             if answer is _Answer.READY:
                 return self._arrived()
             if answer is _Answer.LOADING:
@@ -189,8 +248,8 @@ class EmbeddedServer:
                 patience, since = START_SECONDS, time.monotonic()
             if time.monotonic() - since > patience:
                 raise self._silence(patience)
-            if self._give_up.wait(_LOADING_POLL_SECONDS if answer is _Answer.LOADING else _POLL_SECONDS):
-                raise EmbeddedError(f"the embedded store in {self.folder} was closed while its server was starting")
+            self._give_up.wait(_LOADING_POLL_SECONDS if answer is _Answer.LOADING else _POLL_SECONDS)
+        raise EmbeddedError(f"the embedded store in {self.folder} was closed while its server was starting")
 
     def _ask(self) -> _Answer:
         path = self._socket = self._find_socket()
@@ -202,9 +261,12 @@ class EmbeddedServer:
         return _probe(path)
 
     def _arrived(self) -> None:
+        self._has_served = True
         if self._guard is None:
             return
         if self._guard.poll() is None:
+            if not self._guard_has_served:
+                self._tell_what_was_cut_off()
             self._guard_has_served = True
         else:  # ours has ended, and somebody else was faster to start the next
             self._stop_guard()
@@ -231,6 +293,7 @@ class EmbeddedServer:
                 if not _flock(lock):
                     return False
                 self._socket = self._choose_socket()
+                self._sizes_before = {file.name: file.stat().st_size for file in self._data_files()}
                 self._guard = self._start_guard(lock, server)
                 self._guard_has_served = False
                 _owners.add(self)
@@ -283,8 +346,7 @@ class EmbeddedServer:
 
     def _detach_after_fork(self) -> None:
         """In a forked child: the server and the guard are the parent's, and so is whatever thread held our lock."""
-        self._starting_or_closing = threading.RLock()
-        self._give_up = threading.Event()
+        self._make_locks()
         if self._guard is not None:
             _close_pipe(self._guard)
             self._guard.returncode = 0  # not this process's child: nothing to wait for
@@ -296,6 +358,9 @@ class EmbeddedServer:
     @property
     def _log_path(self) -> Path:
         return self.folder / "valkey.log"
+
+    def _data_files(self) -> Iterator[Path]:
+        return (self.folder / "appendonlydir").glob("*.aof")
 
     def _find_socket(self) -> Path:
         """Where the server listens, by the note that it was started with; where it would, if there is no note."""
@@ -331,6 +396,20 @@ class EmbeddedServer:
         return Path(tempfile.gettempdir()) / f"meterlib-{os.geteuid()}-{name}" / "valkey.sock"
 
     # ── What to say when it goes wrong ────────────────────────────────────────────────────────────────────────────────
+
+    def _tell_what_was_cut_off(self) -> None:
+        """The server starts all the same if its file ends inside a write, or seems to; only its log says it."""
+        for name, offset in _CUT_OFF.findall(_added_to(self._log_path, self._log_start)):
+            name = Path(name).name
+            lost = self._sizes_before.get(name, int(offset)) - int(offset)
+            log.error(
+                "store.data_cut_off",
+                file=str(self.folder / "appendonlydir" / name),
+                bytes_lost=lost or "unknown",
+                meaning="the append-only file could not be read to its end, and what followed is gone; after a crash of"
+                " the machine these are its last writes, otherwise the file was damaged: restore it from a backup",
+                log=str(self._log_path),
+            )
 
     def _failure(self) -> EmbeddedError:
         said = _end_of(self._log_path, self._log_start)
@@ -432,12 +511,25 @@ def _end_of(path: Path, start: int) -> str:
     return "\n".join(f"    {line}" for line in lines[-8:]) or "    (nothing)"
 
 
+def _added_to(path: Path, start: int) -> str:
+    """What was added to a file since it was `start` bytes long; as much of that as a start can say."""
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            return file.read(LOG_BYTES).decode(errors="replace")
+    except OSError:
+        return ""
+
+
 def _close_pipe(guard: subprocess.Popen[bytes]) -> None:
     if guard.stdin is not None:
         guard.stdin.close()
 
 
 # ── What belongs to the process ───────────────────────────────────────────────────────────────────────────────────────
+
+_servers: WeakSet[EmbeddedServer] = WeakSet()
+"""All there are in this process; added to only while holding `_no_fork`."""
 
 _owners: set[EmbeddedServer] = set()
 """Everything in this process that has a guard; changed only while holding `_no_fork`."""
@@ -447,7 +539,7 @@ _no_fork = threading.RLock()
 
 
 def _detach_all_after_fork() -> None:
-    for server in _owners:
+    for server in _servers:
         server._detach_after_fork()
     _owners.clear()
     _no_fork.release()

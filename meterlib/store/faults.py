@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 import time
+from socket import gaierror
 
 from redis import exceptions
+from redis.sentinel import MasterNotFoundError
 
 from meterlib.errors import MeterError, StoreCorrupt, StoreError, StoreRefused, StoreUnavailable
 
@@ -18,6 +20,8 @@ _REFUSALS = {
     "NOAUTH": "it wants a password",
     "WRONGPASS": "the password is wrong",
 }
+SERVERS = "Redis 7.0 or newer, or Valkey,"
+_CLUSTER = "it is a node of a cluster: write redis+cluster:// in place of redis://, or give a RedisCluster client"
 FAILURES = (exceptions.RedisError, exceptions.RedisClusterException, OSError)
 FIRST_WAIT_S = 0.005
 LONGEST_WAIT_S = 0.25
@@ -46,6 +50,10 @@ class Attempts:
         self._wait_s = min(LONGEST_WAIT_S, self._wait_s * 2)
         return wait_s
 
+    def left_s(self) -> float:
+        """How much of the deadline is left."""
+        return max(0.0, self._ends_at_s - time.monotonic())
+
 
 def verdict(operation: str, error: Exception) -> MeterError | None:
     """The error a failure amounts to; None if it passes and the call is worth repeating."""
@@ -56,6 +64,8 @@ def verdict(operation: str, error: Exception) -> MeterError | None:
         return StoreRefused(operation, f"it refused our credentials or lacks a permission ({_short(error)})")
     if isinstance(error, exceptions.ReadOnlyError | exceptions.TryAgainError | exceptions.ClusterError):
         return None
+    if isinstance(error, exceptions.AskError):  # or MovedError, which is one
+        return StoreRefused(operation, _CLUSTER)
     if isinstance(error, exceptions.OutOfMemoryError):
         return StoreRefused(operation, _REFUSALS["OOM"])
     if isinstance(error, exceptions.ResponseError):
@@ -66,6 +76,18 @@ def verdict(operation: str, error: Exception) -> MeterError | None:
             return None
         return corrupt(operation, text)
     return None  # connection lost, time-out, failover under way: the outcome is unknown
+
+
+def out_of_reach(error: BaseException) -> str:
+    """Why nobody can be there to answer, in words; empty if somebody may be, who is slow or says no."""
+    if isinstance(error, MasterNotFoundError):
+        return "no sentinel there knows its master"
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ConnectionRefusedError | FileNotFoundError | gaierror):
+            return cause.strerror or type(cause).__name__
+        cause = cause.__cause__ or cause.__context__
+    return ""
 
 
 def corrupt(operation: str, text: str) -> MeterError:
@@ -84,6 +106,8 @@ def corrupt(operation: str, text: str) -> MeterError:
         return StoreCorrupt(
             f"{operation}: a key of this prefix is of a foreign type; nothing was written ({text[:200]})"
         )
+    if "compiling script" in text:  # older servers take `#!lua` for an error
+        return StoreRefused(operation, f"it is too old: {SERVERS} is needed ({text[:100]})")
     if "script" in text:
         return StoreCorrupt(f"{operation}: the script failed on what it found in the store ({text[:200]})")
     return StoreRefused(operation, text[:300])

@@ -1,4 +1,4 @@
-"""A local file of settlements that could not reach the store: each is on disk before its caller goes on.
+"""A local file of settlements that the store could not take: each is on disk before its caller goes on.
 
 One JSON object a line, synced. Replaying is safe at any time and from any process: a settlement is idempotent under its
 reservation's id, so one that did reach the store is answered again and not booked twice.

@@ -20,10 +20,12 @@ from meterlib import (
     Meter,
     OutputTokensDetails,
     Policy,
+    QuotaExceeded,
     ServerToolUse,
     Usage,
 )
-from meterlib.testing import Clock
+from meterlib.core.usage import amount_of
+from meterlib.testing import Clock, MemoryMeter
 from tests.bad_input.support import HUGE, Face
 from tests.bad_input.test_names import ENTRY
 
@@ -272,3 +274,21 @@ def test_holds_whose_sum_is_too_large_do_not_garble_a_window() -> None:
 
     clock.advance(ms=120_000)
     assert 0 == meter.peek("acme")[0].used
+
+
+# ── Sums that no longer fit ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_sum_of_counts_is_asked_for_as_far_as_the_store_can_count() -> None:
+    """Each count of a call fits, but their sum does not: limits are asked for the largest amount there is, exactly."""
+    largest = Usage(input_tokens=LARGEST, cache_creation_input_tokens=LARGEST, output_tokens=LARGEST)
+    policy = Policy(limits=[Limit(name="total", unit="total_tokens", quota=100, window="1m", oversize="reject")])
+    meter = MemoryMeter(policy, clock=Clock())
+
+    with pytest.raises(QuotaExceeded) as denied:
+        meter.reserve("acme", {}, largest)
+    meter.record("acme", {}, largest)
+
+    assert LARGEST == denied.value.denials[0].requested
+    assert LARGEST == meter.peek("acme")[0].used
+    assert {LARGEST} == {amount_of(largest, unit) for unit in ("input_tokens", "output_tokens", "total_tokens")}

@@ -13,6 +13,7 @@ from meterlib import (
     AsyncMeter,
     Denial,
     EmbeddedError,
+    IntegrityError,
     InvalidInput,
     Limit,
     Meter,
@@ -60,6 +61,7 @@ ERRORS: list[MeterError] = [
     StoreOverloaded("reserve", 20_000),
     StoreRefused("reserve", "out of memory"),
     StoreCorrupt("another layout"),
+    IntegrityError("gap", "entries 3:17-19 are missing", ("3:17-19",)),
     EmbeddedError("no server"),
 ]
 

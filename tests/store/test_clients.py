@@ -14,6 +14,7 @@ import redis.asyncio
 from redis.cluster import RedisCluster
 
 from meterlib import AsyncMeter, LedgerEntry, Meter, Policy, QuotaExceeded, StoreCorrupt, StoreOptions, Usage
+from meterlib.store.connect import client_of
 from tests.support.servers import Server, start_server
 
 POLICY = Policy.preset("buildkite-anthropic")
@@ -149,6 +150,25 @@ def test_two_thousand_waiting_tasks_share_a_bounded_pool(server: Server) -> None
             return len(await asyncio.gather(*(m.reserve("acme", CALL) for _ in range(2_000))))
 
     assert 2_000 == asyncio.run(burst())
+
+
+@pytest.mark.parametrize("url", ["redis+cluster://127.0.0.1:{port}", "redis+sentinel://127.0.0.1:{port}/main"])
+def test_the_bound_on_connections_holds_for_every_kind_of_url(cluster: Server, url: str) -> None:
+    """Operator: `connections_max` bounds what a meter opens at each server, however that is found."""
+
+    async def of_async() -> Any:
+        async with AsyncMeter.connect(url.format(port=cluster.port), POLICY, options=options) as meter:
+            client = meter._driver.client
+            return client.connection_kwargs if "+cluster" in url else vars(client.connection_pool)
+
+    options = StoreOptions(connections_max=7)
+    with Meter.connect(url.format(port=cluster.port), POLICY, options=options) as meter:
+        client = client_of(meter._driver)
+        node = client.get_default_node().redis_connection if "+cluster" in url else client
+
+        assert 7 == node.connection_pool.max_connections
+
+    assert 7 == asyncio.run(of_async())["max_connections"]
 
 
 def test_another_number_of_shards_is_refused(server: Server) -> None:

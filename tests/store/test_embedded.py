@@ -23,6 +23,7 @@ from typing import IO, Any
 
 import pytest
 import redis
+import structlog
 
 from meterlib.errors import EmbeddedError
 from meterlib.store import embedded
@@ -385,6 +386,43 @@ def test_the_server_stops_with_its_owner_and_not_with_the_last_forked_child(fold
     eventually(lambda: not alive(child), "the forked child to end")
 
 
+def test_a_child_forked_while_the_server_is_looked_after_is_free_to_do_so_itself(folder: Path, run: Run) -> None:
+    """A fork in the midst of waiting for a silent server leaves the child no lock that nobody will ever release."""
+    folder.mkdir(mode=0o700)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        other = run(
+            """
+            server = EmbeddedServer(sys.argv[1])
+            server.ensuring()
+            while server._starting_or_closing.acquire(blocking=False):
+                server._starting_or_closing.release()
+            child = os.fork()
+            if child == 0:
+                found = server.ensuring()
+                server.close()
+                os._exit(0 if "was closed while" in str(found.exception()) else 1)
+            print(os.waitpid(child, 0)[1])
+            server.close()
+            """,
+            folder,
+        )
+        assert other.hear() == "0"
+        assert other.end()[0] == 0
+
+
+def test_a_program_may_end_while_the_server_is_looked_after(folder: Path, run: Run) -> None:
+    """Nobody waits for a silent server to the end of its patience at the exit."""
+    folder.mkdir(mode=0o700)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        other = run("EmbeddedServer(sys.argv[1]).ensuring(); print('looking')", folder)
+        assert other.hear() == "looking"
+        begun_s = time.monotonic()
+        assert other.end() == (0, "")
+        assert time.monotonic() - begun_s < embedded.HANDOVER_SECONDS / 2
+
+
 def test_the_server_outlives_the_thread_that_started_it(folder: Path, serve: Serve) -> None:
     """It belongs to the process, not to the thread."""
     server = EmbeddedServer(folder)
@@ -477,6 +515,37 @@ def test_a_file_that_ends_too_early_loads_up_to_there(folder: Path, serve: Serve
     data = data_file(folder)
     data.write_bytes(data.read_bytes()[:-5])
     assert ask(serve(folder), "DBSIZE") == 99
+
+
+def test_what_a_file_lost_when_it_was_loaded_is_told(folder: Path, serve: Serve) -> None:
+    """Damage in the middle looks like a cut tail to the server, which drops all that follows: that is never silent."""
+    fill(serve(folder), 100).close()
+    data = data_file(folder)
+    good = data.read_bytes()
+    at = good.index(b"$5\r\nvalue", len(good) // 2)
+    whole = good.rindex(b"*3", 0, at)
+    bad = good[:at] + b"$99999" + good[at + 2 :]
+    data.write_bytes(bad)
+    with structlog.testing.capture_logs() as logs:
+        server = serve(folder)
+        server.ensure()
+
+    (told,) = logs
+    assert ("store.data_cut_off", "error") == (told["event"], told["log_level"])
+    assert (str(data), len(bad) - whole) == (told["file"], told["bytes_lost"])
+    assert int(ask(server, "DBSIZE")) < 100
+
+
+def test_a_file_that_is_whole_is_loaded_without_a_word(folder: Path, serve: Serve) -> None:
+    """An earlier life's trouble is not told again."""
+    fill(serve(folder), 10).close()
+    data = data_file(folder)
+    data.write_bytes(data.read_bytes()[:-5])
+    serve(folder).close()
+    with structlog.testing.capture_logs() as logs:
+        serve(folder)
+
+    assert [] == logs
 
 
 def test_damaged_data_is_reported_and_left_alone(folder: Path, serve: Serve) -> None:

@@ -1,0 +1,153 @@
+"""What an export costs: entries as a gateway books them, from a real server into an archive, and checked again.
+
+    python -m benchmarks.billing                    200,000 entries
+    python -m benchmarks.billing --entries 10000000
+
+The server is filled by XADD with the very fields that the scripts write, since booking so many calls one by one would
+take longer than all that is measured. Times depend on the machine and on what else it does; the CPU time of the
+exporting process depends on that less, and says which part is the dear one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from meterlib import Meter, Policy, StoreOptions, Usage
+from meterlib.billing.archive import Archive
+from meterlib.billing.export import Exporter
+from meterlib.billing.verify import verify
+from meterlib.core.ledger import CallFacts, Outcome, counts_of, digest_of, encode
+from meterlib.core.usage import CacheCreation
+from meterlib.store.keys import shard_keys
+from tests.support.servers import available, start_server
+
+START_MS = 1_790_000_000_000
+EPOCH = f"{START_MS - 1000:013d}"
+MODELS = ("claude-sonnet-4-5", "claude-haiku-4-5", "claude-opus-4-5", "claude-sonnet-5-5")
+TENANTS, KEYS, SESSIONS = 40, 100, 2_000
+FILLED_AT_ONCE = 2_000
+
+
+def entries(count: int, seed: int = 1) -> Iterator[dict[str, str | bytes]]:
+    """The stored fields of settled calls as Claude Code makes them: mostly cache reads, now and then a large write."""
+    chance = random.Random(seed)
+    sessions = [f"{chance.getrandbits(128):032x}" for _ in range(SESSIONS)]
+    now_ms = START_MS
+    for _ in range(count):
+        now_ms += chance.randrange(40)
+        yield _entry(chance, now_ms, chance.choice(sessions))
+
+
+def _entry(chance: random.Random, now_ms: int, session: str) -> dict[str, str | bytes]:
+    attributes = {"provider": "anthropic", "model": chance.choice(MODELS), "key": f"key-{chance.randrange(KEYS)}"}
+    call = CallFacts(tenant=f"tenant-{chance.randrange(TENANTS)}", attributes=attributes | {"session": session})
+    uncached, written = chance.randrange(5, 4_000), chance.choice((0, 0, chance.randrange(1_000, 20_000)))
+    usage = Usage(
+        input_tokens=uncached,
+        cache_creation_input_tokens=written,
+        cache_read_input_tokens=chance.randrange(150_000),
+        output_tokens=chance.randrange(1, 3_000),
+        cache_creation=CacheCreation(ephemeral_5m_input_tokens=written, ephemeral_1h_input_tokens=0),
+        service_tier="standard",
+    )
+    facts = {"request_id": f"req_011C{chance.getrandbits(96):024x}"}
+    outcome = encode(Outcome(usage=counts_of(usage), facts=facts))
+    return {
+        "kind": "settled",
+        "after": "",
+        "id": f"{chance.getrandbits(128):032x}",
+        "reserved_at": str(now_ms - chance.randrange(500, 20_000)),
+        "booked_at": str(now_ms),
+        "call": encode(call),
+        "estimate": encode(Usage(input_tokens=uncached + chance.randrange(50), output_tokens=4_096)),
+        "outcome": outcome,
+        "digest": digest_of(outcome),
+        "epoch": EPOCH,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, and return 0."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.billing", description=__doc__)
+    parser.add_argument("--entries", type=int, default=200_000, help="how many (default: 200000)")
+    parser.add_argument("--rounds", type=int, default=3, help="exports of the same entries; the best one counts")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder, _filled(Path(folder), options.entries) as meter:
+        exports = [_exported(Path(folder) / str(at), meter) for at in range(options.rounds)]
+        checks = [_verified(Path(folder) / "0")]
+    best = max(exports, key=lambda found: float(found["per_second"]))
+    document = {"entries": options.entries, "export": best, "verify": checks[0], "rss_mb_max": _rss_mb()}
+    if options.json:
+        print(json.dumps(document, indent=2))
+    else:
+        print(f"{options.entries:,} entries, best of {options.rounds} exports; at most {document['rss_mb_max']} MB")
+        for name in ("export", "verify"):
+            print(f"{name:8}", *(f"{key} {value:,}" for key, value in document[name].items()), sep="  ")
+    return 0
+
+
+@contextmanager
+def _filled(folder: Path, count: int) -> Iterator[Meter]:
+    """A meter on a server of its own that has so many entries in one shard."""
+    kind = "valkey" if available("valkey") is None else "redis"
+    ledger = shard_keys("meterlib", 0)[3]
+    with start_server(folder / "server", kind) as server, server.client() as client:
+        with client.pipeline(transaction=False) as pipeline:
+            for n, fields in enumerate(entries(count), 1):
+                pipeline.xadd(ledger, fields, id=f"{n}-0")
+                if n % FILLED_AT_ONCE == 0:
+                    pipeline.execute()
+                    if sys.stderr.isatty():
+                        print(f"\rfilling the server: {n:,} of {count:,}", end="", file=sys.stderr, flush=True)
+            pipeline.execute()
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr)
+        with Meter.connect(server.url, Policy(limits=()), options=StoreOptions(shards=1), sweep_interval_ms=0) as meter:
+            yield meter
+
+
+def _exported(path: Path, meter: Meter) -> dict[str, float]:
+    with Archive(path) as archive:
+        began_s, cpu_s = time.perf_counter(), time.process_time()
+        with Exporter(archive, meter._driver.run) as exporter:
+            exported = exporter.export(0)
+        took_s, used_s = time.perf_counter() - began_s, time.process_time() - cpu_s
+        if exported.problem is not None:
+            raise exported.problem
+        size = sum(archive.file(segment).stat().st_size for segment in archive.segments(0))
+    return _figures(exported.entries, took_s, used_s) | {"bytes_each": round(size / exported.entries, 1)}
+
+
+def _verified(path: Path) -> dict[str, float]:
+    with Archive(path) as archive:
+        began_s, cpu_s = time.perf_counter(), time.process_time()
+        (verdict,) = verify(archive)
+        return _figures(verdict.entries, time.perf_counter() - began_s, time.process_time() - cpu_s)
+
+
+def _figures(count: int, took_s: float, cpu_s: float) -> dict[str, float]:
+    return {
+        "per_second": round(count / took_s),
+        "seconds": round(took_s, 2),
+        "cpu_us_each": round(cpu_s / count * 1e6, 1),
+    }
+
+
+def _rss_mb() -> int:
+    most: Any = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(most) // (1024 if sys.platform == "linux" else 1 << 20)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

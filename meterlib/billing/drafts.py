@@ -1,0 +1,129 @@
+"""What an archive's writer keeps until a segment is made: a work folder of its own, and lines that wait in it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import TYPE_CHECKING
+
+from meterlib.billing.rows import chained
+from meterlib.billing.segments import Range
+from meterlib.errors import IntegrityError
+
+if TYPE_CHECKING:
+    from meterlib.billing.archive import Position
+
+_PREFIX = ".work-"
+
+
+class Work:
+    """A folder for temporary files, locked for as long as its owner lives.
+
+    The lock goes with the process, however that ends; so whoever comes next can tell a killed exporter's folder from
+    that of one at work, and removes it.
+    """
+
+    def __init__(self, parent: Path) -> None:
+        for left in parent.glob(f"{_PREFIX}*"):
+            _remove_if_left(left)
+        while True:
+            self.folder = Path(mkdtemp(prefix=_PREFIX, dir=parent))
+            self._lock = os.open(self.folder, os.O_RDONLY)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            if self.folder.exists():  # else somebody took it for left behind, before it was locked
+                return
+            os.close(self._lock)
+
+    def close(self) -> None:
+        """Remove it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        os.close(self._lock)
+
+
+def _remove_if_left(folder: Path) -> None:
+    with suppress(OSError):
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder)
+        finally:
+            os.close(lock)
+
+
+def _is_text(data: bytes) -> bool:
+    if data.isascii():
+        return True
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def odd(shard: int, n: int, reason: str) -> IntegrityError:
+    """What to say of an entry that cannot be told in columns."""
+    return IntegrityError(
+        "unreadable",
+        f"entry {shard}:{n} cannot be exported: {reason}; a later version of meterlib may have written it",
+        (f"{shard}:{n}",),
+    )
+
+
+class Draft:
+    """Lines of a segment that is not written yet, in a file of their own, so that memory does not grow with them."""
+
+    def __init__(self, work: Work, shard: int, epoch: str, first: int, position: Position) -> None:
+        self.shard = shard
+        self.last = first - 1
+        self.link = position.link
+        self.epoch = epoch
+        self._first = first
+        self._follows = position
+        self.size = 0
+        self._unknown: set[str] = set()
+        self.file = work.folder / f"{shard}-{epoch}-{first}.csv"
+        self._stream = self.file.open("wb")
+
+    def add(self, lines: Sequence[bytes], unknown: Iterable[str] = ()) -> None:
+        """Take up the next lines, and names in them that no column is made of."""
+        if not lines:
+            return
+        self._unknown.update(unknown)
+        text = b"\n".join(lines)
+        if text.count(b"\n") != len(lines) - 1 or not _is_text(text):
+            at = next(at for at, line in enumerate(lines) if b"\n" in line or not _is_text(line))
+            if at:
+                self.add(lines[:at])
+            raise odd(self.shard, self.last + 1, "it has what is no printable text")
+        self._stream.write(text)
+        self._stream.write(b"\n")
+        self.size += len(text) - len(lines) + 1
+        self.link = chained(self.link, lines)
+        self.last += len(lines)
+
+    def told(self) -> Range:
+        """What they are; no more are taken up."""
+        self._stream.close()
+        return Range(
+            shard=self.shard,
+            epoch=self.epoch,
+            first=self._first,
+            last=self.last,
+            follows_epoch=self._follows.epoch,
+            follows_n=self._follows.n,
+            before=self._follows.link,
+            link=self.link,
+            unknown=sorted(self._unknown),
+            size=self.size,
+        )
+
+    def discard(self) -> None:
+        """Remove the lines."""
+        with suppress(OSError):
+            self._stream.close()
+        self.file.unlink(missing_ok=True)

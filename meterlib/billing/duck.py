@@ -1,0 +1,62 @@
+"""DuckDB, loaded when an archive is first touched, so that whoever has none need not install it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from errno import EIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from meterlib.errors import UsageError
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+MEMORY_MAX = "512MB"
+
+
+def connect(scratch: Path | None = None) -> DuckDBPyConnection:
+    """A database in memory with which Parquet files are written and read.
+
+    One thread, since the bytes of a file must not depend on who was faster; nothing is loaded from the network, and
+    what does not fit into memory goes to the scratch folder.
+
+    Raises:
+        UsageError: DuckDB is not installed.
+    """
+    try:
+        import duckdb
+    except ImportError:
+        raise UsageError("an archive needs DuckDB: pip install 'meterlib[billing]'") from None
+    settings: dict[str, Any] = {
+        "threads": 1,
+        "memory_limit": MEMORY_MAX,
+        "autoinstall_known_extensions": False,
+        "autoload_known_extensions": False,
+        "temp_directory": str(scratch) if scratch else "",
+    }
+    return duckdb.connect(":memory:", config=settings)
+
+
+def failure() -> type[Exception]:
+    """What DuckDB raises."""
+    import duckdb
+
+    return duckdb.Error
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Turns DuckDB's word that a disk is full, or fails, into the OSError that everything else raises."""
+    import duckdb
+
+    try:
+        yield
+    except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
+        raise OSError(EIO, str(error).partition("\n")[0]) from None
+
+
+def quoted(text: str | Path) -> str:
+    """A text as SQL writes it, where no parameter may stand."""
+    return "'" + str(text).replace("'", "''") + "'"
