@@ -49,7 +49,17 @@ from meterlib.core.operations import (
     Settle,
     Sweep,
 )
-from meterlib.core.policy import BoundLimit, CompiledPolicy, Funding, Limit, Policy, encoded, nearest, reservation_field
+from meterlib.core.policy import (
+    SUB_WINDOWS,
+    BoundLimit,
+    CompiledPolicy,
+    Funding,
+    Limit,
+    Policy,
+    encoded,
+    nearest,
+    reservation_field,
+)
 from meterlib.core.usage import Usage, amount_of, amounts_of
 from meterlib.errors import (
     InvalidInput,
@@ -343,7 +353,7 @@ def settle(context: Context, settlement: Settlement) -> Flow[LedgerEntry]:
         made_by = call_facts or CallFacts(tenant=tenant, funding=context.compiled.funding_of(tenant))
         bound = context.compiled.limits_of(tenant, made_by.attributes) if call_facts else ()
         for _ in range(_STALE_TRIES):
-            limits = _arguments(context, bound, usage)
+            limits = _coarse(_arguments(context, bound, usage))
             charged = operation._replace(call_facts=encode(made_by), if_unknown="write", limits=limits)
             reply = yield Call("settle", shard, charged)
             if not _stale(context, reply):
@@ -498,7 +508,7 @@ def _write(
     field = reservation_field(call_facts.tenant, taken_id)
     call_blob, blob = encode(call_facts), encode(outcome)
     for _ in range(_STALE_TRIES):
-        limits = () if usage is None else _arguments(context, bound, usage)
+        limits = () if usage is None else _coarse(_arguments(context, bound, usage))
         operation = Record(field, kind, digest_of(call_blob, blob), call_blob, blob, limits)
         reply: Reply = yield Call("record", shard, operation)
         if not _stale(context, reply):
@@ -641,6 +651,21 @@ def read_head(shard: int) -> Flow[ShardHead]:
 def _arguments(context: Context, bound: Sequence[BoundLimit], usage: Usage) -> tuple[LimitArguments, ...]:
     now_ms = context.now_ms()
     return tuple([limit.arguments(amount_of(usage, limit.unit) or 0, now_ms) for limit in bound])
+
+
+def _coarse(limits: Sequence[LimitArguments]) -> tuple[LimitArguments, ...]:
+    """The same limits for usage that nobody reserved: in sub-windows, however few requests their quota is.
+
+    A window that is exact to the ms is small because its quota is; usage that is never denied would make it grow.
+    """
+    return tuple(
+        [
+            limit._replace(sub_window_ms=max(limit.sub_window_ms, limit.span_ms // SUB_WINDOWS))
+            if limit.sub_window_ms
+            else limit
+            for limit in limits
+        ]
+    )
 
 
 def _outcome(usage: Usage, quality: Quality, facts: Mapping[str, str] | None) -> Outcome:

@@ -5,9 +5,15 @@ from __future__ import annotations
 import pytest
 
 from meterlib import Limit, Meter, Policy, QuotaExceeded, ReservationConflict, Usage
+from meterlib.testing import Clock
 from tests.fundamentals.conftest import Entries, States
 
-POLICY = Policy(limits=(Limit(name="output", unit="output_tokens", quota=1_000, window="1m"),))
+POLICY = Policy(
+    limits=(
+        Limit(name="output", unit="output_tokens", quota=1_000, window="1m"),
+        Limit(name="few", quota=5, window="1m", match={"kind": "few"}),
+    )
+)
 USED = Usage(output_tokens=1_200)
 
 
@@ -75,3 +81,16 @@ def test_the_ledger_can_be_read_from_any_place_on(meter: Meter) -> None:
     assert [4, 5] == [entry.n for entry in meter.ledger(shard, after=3)]
     assert [] == list(meter.ledger(shard, after=5))
     assert (5, 0) == (meter.head(shard).last_number, meter.head(shard).open_reservations)
+
+
+def test_usage_that_nobody_reserved_does_not_make_a_small_window_grow(meter: Meter, clock: Clock) -> None:
+    """A limit of few requests is exact to the ms; what is never denied is kept in sub-windows all the same."""
+    call = {"kind": "few"}
+    for _ in range(40):
+        clock.advance(ms=7)
+        meter.record("acme", call, Usage())
+
+    (few,) = [state for state in meter.peek("acme", call) if state.name == "few"]
+    assert 40 == few.used
+    assert few.frees_at_ms is not None
+    assert 0 == (few.frees_at_ms + 1) % 1000
