@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+import structlog
 from hypothesis import HealthCheck, settings
 
 from tests.support.servers import Server, available, start_server
@@ -15,6 +16,13 @@ settings.register_profile(
     "default", derandomize=True, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def logs_set_up_by_nobody() -> Iterator[None]:
+    """A test that captures logs leaves structlog set up; the next one finds it as a new process does."""
+    yield
+    structlog.reset_defaults()
 
 
 @contextmanager

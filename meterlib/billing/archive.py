@@ -166,9 +166,12 @@ class Archive:
         """How far a shard is archived."""
         return self._settled(lambda: self._end(shard)[0])
 
-    def last_line(self, shard: int) -> bytes:
-        """The line of a shard's last entry; empty if there is none."""
-        return self._settled(lambda: self._end(shard)[1])
+    def end(self, shard: int) -> tuple[Position, bytes]:
+        """How far a shard is archived, and the line of its last entry, empty if there is none; both of one look.
+
+        Another exporter may have gone on between two of them.
+        """
+        return self._settled(lambda: self._end(shard))
 
     def _end(self, shard: int) -> tuple[Position, bytes]:
         segments = self._ways(shard)

@@ -122,7 +122,7 @@ class _Job:
         self._exporter = exporter
         self._archive = exporter.archive
         self._shard = shard
-        self._position = self._archive.position(shard)
+        self._position, self._known = self._archive.end(shard)
         self._epoch = self._position.epoch
         self._expected = self._position.n + 1
         self._lines = Lines()
@@ -155,8 +155,7 @@ class _Job:
     def _read(self) -> None:
         run = self._exporter.run
         head = run(flows.read_head(self._shard))
-        known = self._archive.last_line(self._shard)
-        start = Start(self._shard, self._position, known, head, run)
+        start = Start(self._shard, self._position, self._known, head, run)
         self._epoch, after = start.found(self._exporter.accepted.epochs.get(self._shard))
         self._expected = after + 1
         while page := run(flows.read_stored(self._shard, after, PAGE)):

@@ -25,9 +25,9 @@ def trim(archive: Archive, run: Run, shard: int, *, below: int, keep: int) -> in
     Raises:
         IntegrityError: the store's ledger is not the one that was archived; nothing was removed.
     """
-    position = archive.position(shard)
+    position, known = archive.end(shard)
     head = run(flows.read_head(shard))
-    epoch, after = Start(shard, position, archive.last_line(shard), head, run).found(None)
+    epoch, after = Start(shard, position, known, head, run).found(None)
     if not position.n or epoch != position.epoch or after != position.n:
         return 0
     below = min(below, position.n - keep + 1)

@@ -23,6 +23,7 @@ from meterlib.cli.store import Store, opened
 from meterlib.cli.tables import Column, print_table
 from meterlib.config import Config
 from meterlib.errors import IntegrityError, InvalidInput, StoreUnavailable
+from meterlib.store.commands import ShardHead
 
 HELP = """\
 Bring every ledger entry into the archive, exactly once, whatever dies when.
@@ -137,7 +138,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run(archive: Archive, config: Config, arguments: argparse.Namespace) -> int:
     accepted = Accepted(epochs=dict(arguments.accept_epoch), gaps=frozenset(arguments.accept_gap))
-    with opened(config) as store, _stopped_by_signals():
+    with opened(config, arguments.config) as store, _stopped_by_signals():
         if not arguments.follow:
             return _export(store, archive, accepted, arguments.json)
         try:
@@ -230,7 +231,7 @@ def _problem_document(problem: IntegrityError) -> dict[str, Any]:
 
 
 def _status(archive: Archive, config: Config, arguments: argparse.Namespace) -> int:
-    with opened(config) as store:
+    with opened(config, arguments.config) as store:
         rows = [_status_of(store, archive, shard) for shard in range(store.shards)]
     problems = [row["problem"] for row in rows if row["problem"] is not None]
     if arguments.json:
@@ -242,18 +243,25 @@ def _status(archive: Archive, config: Config, arguments: argparse.Namespace) -> 
     return INTEGRITY if problems else OK
 
 
+def _ledger_of(head: ShardHead) -> dict[str, int]:
+    return {"ledger_first": head.ledger_first, "ledger_last": max(head.last_number, head.ledger_last)}
+
+
 def _status_of(store: Store, archive: Archive, shard: int) -> dict[str, Any]:
-    head = store.head(shard)
-    row: dict[str, Any] = {"shard": shard, "archived": 0, "ledger_first": head.ledger_first}
-    row |= {"ledger_last": max(head.last_number, head.ledger_last), "waiting": 0, "files": 0, "bytes": 0}
-    row |= {"link": "", "unknown": [], "problem": None}
+    row: dict[str, Any] = {"shard": shard, "archived": 0, "ledger_first": 0, "ledger_last": 0, "waiting": 0}
+    row |= {"files": 0, "bytes": 0, "link": "", "unknown": [], "problem": None}
     try:
         segments = archive.segments(shard)
-        position = archive.position(shard)
+        position, known = archive.end(shard)
+    except IntegrityError as error:
+        return row | _ledger_of(store.head(shard)) | {"problem": _problem_document(error)}
+    head = store.head(shard)  # after the archive, which another export may be extending
+    row |= _ledger_of(head)
+    try:
         row |= {"archived": position.n, "files": len(segments), "link": position.link.hex() if position.n else ""}
         row["bytes"] = sum(archive.file(segment).stat().st_size for segment in segments)
         row["unknown"] = sorted({name for segment in segments for name in archive.facts(segment).unknown})
-        _, after = Start(shard, position, archive.last_line(shard), head, store.run).found(None)
+        _, after = Start(shard, position, known, head, store.run).found(None)
         row["waiting"] = max(0, row["ledger_last"] - after)
     except IntegrityError as error:
         row["problem"] = _problem_document(error)
@@ -294,7 +302,7 @@ def _trim(archive: Archive, config: Config, arguments: argparse.Namespace) -> in
     if arguments.keep < 1:
         raise InvalidInput("--keep", "at least 1 is needed: the next export goes on from the last archived entry")
     removed: dict[int, int] = {}
-    with opened(config) as store:
+    with opened(config, arguments.config) as store:
         for shard in range(store.shards):
             since_ms = store.clock_ms(shard) - config.store.retention_ms
             younger = store.start_of(shard, since_ms, store.head(shard)) + 1

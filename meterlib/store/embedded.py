@@ -53,11 +53,8 @@ from pathlib import Path
 from urllib.parse import unquote
 from weakref import WeakSet
 
-import structlog
-
 from meterlib.errors import EmbeddedError
-
-log = structlog.get_logger("meterlib")
+from meterlib.store.telling import log
 
 START_SECONDS = 10.0
 """How long a server we started may say nothing at all. One that says it is loading is waited for without end."""
@@ -200,7 +197,7 @@ class EmbeddedServer:
             self.ensure()
         except BaseException as error:
             if not self._failure_told and not self._give_up.is_set():
-                log.error("store.embedded_failed", error=str(error))
+                log().error("store.embedded_failed", error=str(error))
             self._failure_told = True
             found.set_exception(error)
         else:
@@ -402,7 +399,7 @@ class EmbeddedServer:
         for name, offset in _CUT_OFF.findall(_added_to(self._log_path, self._log_start)):
             name = Path(name).name
             lost = self._sizes_before.get(name, int(offset)) - int(offset)
-            log.error(
+            log().error(
                 "store.data_cut_off",
                 file=str(self.folder / "appendonlydir" / name),
                 bytes_lost=lost or "unknown",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import structlog
 from meterlib import AsyncMeter, Meter, Policy, StoreOptions
 from tests.support.servers import Server, start_server
 
+ROOT = Path(__file__).parents[2]
 OPTIONS = StoreOptions(shards=2)
 
 
@@ -119,3 +122,16 @@ def test_a_cluster_is_asked_as_well(tmp_path_factory: pytest.TempPathFactory) ->
         with structlog.testing.capture_logs() as logs:
             asyncio.run(reserve())
         assert ["store.may_evict"] == [log["event"] for log in logs]
+
+
+def test_a_program_that_sets_up_no_logs_keeps_its_standard_output(durable: Server, direct: redis.Redis) -> None:
+    """Gateway: results that a script prints are not mixed with what is told to its operator."""
+    direct.config_set("maxmemory-policy", "allkeys-lru")
+    program = (
+        "import sys; from meterlib import Meter, Policy\n"
+        "with Meter.connect(sys.argv[1], Policy()) as meter: meter.reserve('acme'); print('done')"
+    )
+    ran = subprocess.run([sys.executable, "-c", program, durable.url], capture_output=True, text=True, cwd=ROOT)
+
+    assert (0, "done\n") == (ran.returncode, ran.stdout)
+    assert "store.may_evict" in ran.stderr
