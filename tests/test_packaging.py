@@ -14,11 +14,13 @@ import meterlib, fakeredis
 meter = meterlib.Meter(fakeredis.FakeRedis(), meterlib.Policy.preset("buildkite-anthropic"))
 with meter:
     meter.reserve("acme", {"provider": "anthropic"}).settle(meterlib.Usage(input_tokens=1, output_tokens=1))
+from meterlib.billing.price_files import claude_book
+assert claude_book().models
 print(meterlib.__file__)
 """
 
 
-def test_the_wheel_carries_the_scripts_and_reserves(tmp_path: Path) -> None:
+def test_the_wheel_carries_scripts_and_prices_and_reserves(tmp_path: Path) -> None:
     """Who installs meterlib from a wheel, without a checkout, has all it takes."""
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
     subprocess.run([*build, str(ROOT)], check=True, timeout=120)
