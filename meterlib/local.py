@@ -15,7 +15,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Self
 
 import structlog
 
@@ -27,6 +27,7 @@ from meterlib.errors import InvalidInput, QuotaExceeded, StoreUnavailable, Usage
 
 if TYPE_CHECKING:
     from meterlib.meter import AsyncMeter, AsyncReservation
+    from meterlib.store.drivers import Clock
 
 log = structlog.get_logger("meterlib")
 SLICE_MS_MAX = 60_000
@@ -38,14 +39,6 @@ TRIES_MAX = 100
 """Others may empty each slice before a task has its turn; or the store is too far away."""
 
 UNITS = ("requests", "input_tokens", "output_tokens", "total_tokens")
-
-
-class Clock(Protocol):
-    """A test's clock."""
-
-    @property
-    def now_ms(self) -> int:
-        """Ms since 1970 UTC."""
 
 
 class LocalLease:

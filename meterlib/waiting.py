@@ -12,9 +12,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from meterlib.errors import QuotaExceeded
+
+if TYPE_CHECKING:
+    from meterlib.store.drivers import Clock
 
 T = TypeVar("T")
 Key = tuple[str, ...]
@@ -22,14 +25,6 @@ Key = tuple[str, ...]
 
 POLL_S = 0.001
 """How often a test's clock is looked at."""
-
-
-class Clock(Protocol):
-    """A test's clock."""
-
-    @property
-    def now_ms(self) -> int:
-        """Ms since 1970 UTC."""
 
 
 def _now_ms(clock: Clock | None) -> float:

@@ -20,8 +20,8 @@ VERBS = sorted(path.stem for path in LUA.glob("*.lua"))
 MAY_IMPORT = {
     "core": {"core", "errors"},
     "store": {"core", "errors", "store"},
-    "waiting": {"errors"},
-    "local": {"core", "errors", "meter"},
+    "waiting": {"errors", "store"},
+    "local": {"core", "errors", "meter", "store"},
     "meter": {"core", "errors", "local", "store", "waiting"},
     "testing": {"core", "errors", "meter"},
     "settings": {"core", "errors"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from abc import ABC, abstractmethod
 from contextlib import suppress
 from importlib import import_module
 from typing import Any, Protocol
@@ -55,15 +56,10 @@ def decoder_for(encoding: str | None, bytes_max: int) -> Decoder:
 
 
 class _Counted:
+    """Keeps count of what comes out."""
+
     def __init__(self, bytes_max: int) -> None:
         self._left = bytes_max
-
-    def feed(self, data: bytes) -> bytes:
-        # In pieces, since what a piece leaves over is copied for each step that is made with it.
-        return b"".join([self._fed(data[at : at + PIECE_BYTES]) for at in range(0, len(data) or 1, PIECE_BYTES)])
-
-    def _fed(self, data: bytes) -> bytes:
-        raise NotImplementedError
 
     def _count(self, data: bytes, size: int = 0) -> bytes:
         self._left -= size or len(data)
@@ -72,12 +68,23 @@ class _Counted:
         return data
 
 
+class _InPieces(_Counted, ABC):
+    """Takes its input in pieces, since what a piece leaves over is copied for each step that is made with it."""
+
+    def feed(self, data: bytes) -> bytes:
+        return b"".join([self._fed(data[at : at + PIECE_BYTES]) for at in range(0, len(data) or 1, PIECE_BYTES)])
+
+    @abstractmethod
+    def _fed(self, data: bytes) -> bytes:
+        """The decoded bytes of at most PIECE_BYTES."""
+
+
 class _Identity(_Counted):
     def feed(self, data: bytes) -> bytes:
         return self._count(data)
 
 
-class _Zlib(_Counted):
+class _Zlib(_InPieces):
     """gzip with any number of members, and deflate with or without zlib's own frame."""
 
     def __init__(self, deflate: bool, bytes_max: int) -> None:
@@ -115,7 +122,7 @@ class _Zlib(_Counted):
         return piece, self._undo.unconsumed_tail or self._undo.unused_data
 
 
-class _Brotli(_Counted):
+class _Brotli(_InPieces):
     def __init__(self, bytes_max: int) -> None:
         super().__init__(bytes_max)
         library = _imported("brotli")
@@ -133,7 +140,7 @@ class _Brotli(_Counted):
         return b"".join(found)
 
 
-class _Zstandard(_Counted):
+class _Zstandard(_InPieces):
     """Any number of frames."""
 
     def __init__(self, bytes_max: int) -> None:

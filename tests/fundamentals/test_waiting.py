@@ -87,13 +87,14 @@ def test_who_came_first_is_served_first(count: int) -> None:
         served: list[int] = []
         tasks: list[asyncio.Task[Any]] = []
         for number in range(count):
-            task = window(meter, max_wait_ms=3_600_000)
+            task = window(meter, max_wait_ms=86_400_000)
             tasks.append(task)
             task.add_done_callback(lambda task: served.append(tasks.index(task)))
             await until_waiting(meter, number + 1)
         while not all(task.done() for task in tasks):
             clock.advance(ms=30_000)
             await asyncio.sleep(0.002)
+        await asyncio.gather(*tasks)
         assert served == list(range(count))
         assert not meter._queues
 

@@ -264,7 +264,7 @@ class Agent:
     def _input(self) -> Json:
         rng = self._rng
         if rng.random() < 0.3:
-            return {"file_path": f"/work/{rng.choice(NAMES)}.py", "new_string": code(rng, rng.randint(200, 3_000))}
+            return {"file_path": f"/srv/{rng.choice(NAMES)}.py", "new_string": code(rng, rng.randint(200, 3_000))}
         return {"command": " ".join(rng.choices(NAMES, k=5))}
 
     def _result(self) -> Any:
