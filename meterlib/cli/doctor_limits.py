@@ -24,6 +24,7 @@ from meterlib.core.operations import Reply, Reserve
 from meterlib.core.policy import BoundLimit, CompiledPolicy, Limit, Policy, reservation_field
 from meterlib.core.usage import FORMULAS, Usage
 from meterlib.errors import InvalidInput, MeterError
+from meterlib.store.commands import Batch
 from meterlib.store.connect import client_of, driver_for_url
 from meterlib.store.faults import FAILURES
 from meterlib.store.keys import layout_key, shard_keys
@@ -125,7 +126,7 @@ class _Bench:
         arguments = bound.arguments(amount, self._now_ms)
         operation = Reserve(field, LEASE_MS, (arguments,), "selftest", call_facts, estimate)
         self._made = True
-        reply: Reply = self._driver.call("reserve", 0, (operation,))[0]
+        reply: Reply = self._driver.call(Batch("reserve", 0, None, (operation,)))[0]
         return reply
 
 

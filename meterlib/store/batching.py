@@ -1,9 +1,10 @@
-"""Operations that arrive while others are on their way go out together: one script call per shard and verb.
+"""Operations that arrive while others are on their way go out together: in one round trip, in few script calls.
 
-Each verb of each shard has a lane. An operation that finds its lane free leaves at once; what arrives while its call is
-on the way waits, and goes with the next one, as many as BATCH_MAX, tenants taking turns. So ten thousand waiting tasks
-need as many connections as there are busy lanes, a shard that is away keeps no other waiting, and the busier the store,
-the larger the batches, and the cheaper each operation: its windows are loaded and written once per call.
+A server has one lane; in a cluster, whose slots may lie anywhere, each verb of each shard has its own, so that a node
+which is away keeps no other's operations waiting. An operation that finds its lane free leaves at once; what arrives
+while others are on their way waits, and goes with the next round trip, tenants taking turns: those of one verb and one
+shard in one script call, which loads and writes each window once. So ten thousand waiting tasks need two connections,
+and the busier the store, the larger the batches, and the cheaper each operation.
 """
 
 from __future__ import annotations
@@ -13,16 +14,25 @@ import os
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from copy import copy
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
-from meterlib.core.operations import Operation, Reply
+from meterlib.core.operations import Reply
 from meterlib.errors import MeterError, StoreCorrupt, StoreOverloaded, StoreUnavailable
-from meterlib.store.commands import Call
+from meterlib.store.commands import Batch, Call
 from meterlib.store.faults import LONGEST_WAIT_S
 
 BATCH_MAX = 64
+"""Operations of one script call: as long as the server serves nobody else."""
+
+TOGETHER_MAX = 128
+"""Operations of one round trip."""
+
+UNDER_WAY_MAX = 2
+"""Round trips of a lane at once. A second one leaves only if it is full: while the store works on one, the next is made
+ready; with less to do, one at a time has more in it."""
+
 WAITING_MAX = 20_000
 
 W = TypeVar("W")
@@ -31,89 +41,105 @@ W = TypeVar("W")
 class Waiting(NamedTuple, Generic[W]):
     """An operation, since when it waits, and what its caller waits on."""
 
-    operation: Operation
+    call: Call
     since_s: float
     caller: W
 
 
 class Lane(Generic[W]):
-    """The operations of one verb on one shard that wait for the call that is on its way.
+    """The operations that wait for those on their way.
 
     Attributes:
-        busy_since_s: when that call, or the one before it, was begun; None while the lane is free.
-        failing: the store did not answer the last call.
+        begun_s: when the round trips that are under way were begun.
+        failing: the store did not answer the last one.
+        waiting: how many operations wait.
     """
 
-    def __init__(self, call: Call) -> None:
-        self.script, self.shard, self.sweep_max = call.script, call.shard, call.sweep_max
-        self.busy_since_s: float | None = None
+    def __init__(self) -> None:
+        self.begun_s: list[float] = []
         self.failing = False
+        self.waiting = 0
         self._tenants: OrderedDict[str, deque[Waiting[W]]] = OrderedDict()
 
     def add(self, waiting: Waiting[W]) -> None:
         """It waits behind its tenant's others."""
-        self._tenants.setdefault(_tenant_of(waiting.operation), deque()).append(waiting)
+        self._tenants.setdefault(_tenant_of(waiting.call.operation), deque()).append(waiting)
+        self.waiting += 1
 
     def take(self) -> list[Waiting[W]]:
-        """The next ones, at most BATCH_MAX: one of each tenant in turn."""
+        """The next ones, at most TOGETHER_MAX: one of each tenant in turn."""
         taken: list[Waiting[W]] = []
-        while self._tenants and len(taken) < BATCH_MAX:
+        while self._tenants and len(taken) < TOGETHER_MAX:
             tenant, queue = self._tenants.popitem(last=False)
             taken.append(queue.popleft())
             if queue:
                 self._tenants[tenant] = queue
+        self.waiting -= len(taken)
         return taken
 
-    def waited_in_vain(self) -> StoreUnavailable:
+    def waited_in_vain(self, call: Call) -> StoreUnavailable:
         """The error of an operation whose turn came too late: for its store, or for too many others."""
         if self.failing:
-            return StoreUnavailable(self.script, "nor those before it")
-        return StoreOverloaded(self.script, sum(map(len, self._tenants.values())))
+            return StoreUnavailable(call.script, "nor those before it")
+        return StoreOverloaded(call.script, self.waiting)
+
+
+class RoundTrip(NamedTuple, Generic[W]):
+    """Operations that leave together."""
+
+    lane: Lane[W]
+    begun_s: float
+    due: list[Waiting[W]]
 
 
 class Lanes(Generic[W]):
     """All lanes. No I/O; whoever uses it from several threads locks it.
 
-    A lane is taken for free again when a call seems to have been on its way for longer than any can be: an interrupt
-    can strike between any two steps, and must not close a lane for ever.
+    A lane is taken for free again when a round trip seems to have taken longer than any can: an interrupt can strike
+    between any two steps, and must not close a lane for ever.
+
+    Args:
+        lane_of: tells calls of different lanes apart.
+        deadline_ms: how long an operation has, its wait included.
     """
 
-    def __init__(self, deadline_ms: int, waiting_max: int = WAITING_MAX) -> None:
+    def __init__(self, lane_of: Callable[[Call], Hashable], deadline_ms: int, waiting_max: int = WAITING_MAX) -> None:
         self.deadline_s = deadline_ms / 1000
+        self._lane_of = lane_of
         self._stuck_s = 3 * self.deadline_s + 10
         self._waiting_max = waiting_max
-        self._lanes: dict[tuple[str, int, int | None], Lane[W]] = {}
+        self._lanes: dict[Hashable, Lane[W]] = {}
         self.waiting = 0
 
-    def enter(self, call: Call) -> Lane[W] | None:
-        """The lane, which is busy from now on; None if it was already."""
-        key = call.script, call.shard, call.sweep_max
-        lane = self._lanes.get(key)
-        if lane is None:
-            lane = self._lanes[key] = Lane(call)
-        now_s = time.monotonic()
-        if lane.busy_since_s is not None and now_s - lane.busy_since_s < self._stuck_s:
-            return None
-        lane.busy_since_s = now_s
-        return lane
+    def enter(self, call: Call) -> RoundTrip[W] | None:
+        """A free lane's round trip, for this operation alone, is under way from now on; None if the lane is busy."""
+        lane = self._lane(call)
+        if lane.begun_s and lane.begun_s[0] + self._stuck_s <= time.monotonic():
+            lane.begun_s.clear()
+        return None if lane.begun_s else self._begun(lane, [])
 
-    def add(self, call: Call, caller: W) -> None:
-        """The operation waits for its turn in its lane, which is busy.
+    def add(self, call: Call, caller: W) -> RoundTrip[W] | None:
+        """The operation waits for its turn in its lane, which is busy; or a second round trip is full, and leaves.
 
         Raises:
             StoreOverloaded: too many wait already; this one was not sent.
         """
         if self.waiting >= self._waiting_max:
             raise StoreOverloaded(call.script, self.waiting)
-        self._lanes[call.script, call.shard, call.sweep_max].add(Waiting(call.operation, time.monotonic(), caller))
+        lane = self._lane(call)
+        lane.add(Waiting(call, time.monotonic(), caller))
         self.waiting += 1
+        full = lane.waiting >= TOGETHER_MAX and len(lane.begun_s) < UNDER_WAY_MAX
+        return self._leave(lane) if full else None
 
-    def next(self, lane: Lane[W]) -> list[Waiting[W]]:
-        """A call of this lane is over: what goes next. If nothing does, the lane is free."""
-        taken = lane.take()
-        self.waiting -= len(taken)
-        lane.busy_since_s = time.monotonic() if taken else None
-        return taken
+    def next(self, over: RoundTrip[W]) -> RoundTrip[W] | None:
+        """A round trip is over: what goes next, if anything waits that is not left to another one under way."""
+        lane = over.lane
+        if over.begun_s in lane.begun_s:
+            lane.begun_s.remove(over.begun_s)
+        if not lane.waiting or (lane.begun_s and lane.waiting < TOGETHER_MAX):
+            return None
+        return self._leave(lane)
 
     def put_back(self, lane: Lane[W], waiting: Waiting[W]) -> None:
         """It is tried once more, since it has time left."""
@@ -123,6 +149,36 @@ class Lanes(Generic[W]):
     def left_s(self, waiting: Waiting[W]) -> float:
         """How much time an operation has left."""
         return waiting.since_s + self.deadline_s - time.monotonic()
+
+    def _lane(self, call: Call) -> Lane[W]:
+        key = self._lane_of(call)
+        lane = self._lanes.get(key)
+        if lane is None:
+            lane = self._lanes[key] = Lane()
+        return lane
+
+    def _leave(self, lane: Lane[W]) -> RoundTrip[W]:
+        due = lane.take()
+        self.waiting -= len(due)
+        return self._begun(lane, due)
+
+    def _begun(self, lane: Lane[W], due: list[Waiting[W]]) -> RoundTrip[W]:
+        begun_s = time.monotonic()
+        lane.begun_s.append(begun_s)
+        return RoundTrip(lane, begun_s, due)
+
+
+def batches_of(due: Sequence[Waiting[W]]) -> list[tuple[Batch, list[Waiting[W]]]]:
+    """The script calls that carry these operations, and whose they are."""
+    groups: dict[tuple[str, int, int | None], list[Waiting[W]]] = {}
+    for waiting in due:
+        script, shard, _, sweep_max = waiting.call
+        groups.setdefault((script, shard, sweep_max), []).append(waiting)
+    return [
+        (Batch(script, shard, sweep_max, [waiting.call.operation for waiting in part]), part)
+        for (script, shard, sweep_max), group in groups.items()
+        for part in (group[at : at + BATCH_MAX] for at in range(0, len(group), BATCH_MAX))
+    ]
 
 
 def _tenant_of(operation: Any) -> str:
@@ -135,16 +191,13 @@ def _tenant_of(operation: Any) -> str:
 
 
 class AsyncCaller(Protocol):
-    """What makes a script call: a driver."""
+    """What makes script calls: a driver."""
 
-    async def call(
-        self,
-        name: str,
-        shard: int,
-        operations: Sequence[Any],
-        sweep_max: int | None = None,
-        deadline_s: float | None = None,
-    ) -> list[Reply]: ...
+    def lane_of(self, call: Call) -> Hashable: ...
+
+    async def call(self, batch: Batch, deadline_s: float | None = None) -> list[Reply]: ...
+
+    async def calls(self, batches: Sequence[Batch], deadline_s: float) -> list[list[Reply] | MeterError]: ...
 
 
 _Future = asyncio.Future[Reply]
@@ -155,7 +208,7 @@ class AsyncBatching:
 
     def __init__(self, driver: AsyncCaller, deadline_ms: int) -> None:
         self._driver = driver
-        self._lanes: Lanes[_Future] = Lanes(deadline_ms)
+        self._lanes: Lanes[_Future] = Lanes(driver.lane_of, deadline_ms)
         self._workers: set[asyncio.Task[None]] = set()
 
     async def run(self, call: Call) -> Reply:
@@ -163,119 +216,121 @@ class AsyncBatching:
 
         A caller that is cancelled while its operation waits takes it back; once it is on its way, it happens.
         """
-        lane = self._lanes.enter(call)
-        if lane is None:
+        alone = self._lanes.enter(call)
+        if alone is None:
             caller: _Future = asyncio.get_running_loop().create_future()
-            self._lanes.add(call, caller)
+            self._start(self._lanes.add(call, caller))
             return await caller
+        script, shard, operation, sweep_max = call
         try:
-            reply = (await self._driver.call(call.script, call.shard, (call.operation,), call.sweep_max))[0]
-            lane.failing = False
+            reply = (await self._driver.call(Batch(script, shard, sweep_max, (operation,))))[0]
+            alone.lane.failing = False
             return reply
         except StoreUnavailable:
-            lane.failing = True
+            alone.lane.failing = True
             raise
         finally:
-            self._landed(lane)
+            self._start(self._lanes.next(alone))
 
-    def _landed(self, lane: Lane[_Future]) -> None:
-        due = self._lanes.next(lane)
-        if due:
-            worker = asyncio.ensure_future(self._work(lane, due))
+    def _start(self, trip: RoundTrip[_Future] | None) -> None:
+        if trip:
+            worker = asyncio.ensure_future(self._work(trip))
             self._workers.add(worker)
             worker.add_done_callback(self._workers.discard)
 
-    async def _work(self, lane: Lane[_Future], due: list[Waiting[_Future]]) -> None:
+    async def _work(self, trip: RoundTrip[_Future] | None) -> None:
         """Send what waits until nothing does."""
-        while due:
-            await self._send(lane, due)
-            due = self._lanes.next(lane)
+        while trip:
+            await self._send(trip)
+            trip = self._lanes.next(trip)
 
-    async def _send(self, lane: Lane[_Future], taken: Sequence[Waiting[_Future]]) -> None:
-        due = [waiting for waiting in taken if not waiting.caller.done()]
-        for waiting in due:
+    async def _send(self, trip: RoundTrip[_Future]) -> None:
+        due = []
+        for waiting in trip.due:
+            if waiting.caller.done():
+                continue
             if self._lanes.left_s(waiting) <= 0:
-                waiting.caller.set_exception(lane.waited_in_vain())
-        due = [waiting for waiting in due if not waiting.caller.done()]
+                waiting.caller.set_exception(trip.lane.waited_in_vain(waiting.call))
+            else:
+                due.append(waiting)
         if due:
-            await self._call(lane, due)
+            await self._call(trip.lane, due)
 
     async def _call(self, lane: Lane[_Future], due: Sequence[Waiting[_Future]]) -> None:
-        operations = [waiting.operation for waiting in due]
+        batches = batches_of(due)
         left_s = min([self._lanes.left_s(waiting) for waiting in due])
         try:
-            replies = await self._driver.call(lane.script, lane.shard, operations, lane.sweep_max, left_s)
-        except StoreCorrupt as error:
-            if len(due) == 1:
-                return _fail(due, error)
-            # One operation met something odd in the store; the others must not suffer. Nothing was written, and each is
-            # idempotent anyway.
-            for waiting in due:
-                await self._call(lane, [waiting])
-        except StoreUnavailable as error:
-            lane.failing = True
-            self._try_again(lane, due, error)
-        except MeterError as error:
-            _fail(due, error)
+            outcomes = await self._driver.calls([batch for batch, _ in batches], left_s)
         except BaseException as error:
-            _fail(due, StoreUnavailable(lane.script, f"{type(error).__name__}: {error}"))
+            for waiting in due:
+                _fail(waiting, StoreUnavailable(waiting.call.script, f"{type(error).__name__}: {error}"))
             if not isinstance(error, Exception):
                 raise
-        else:
-            lane.failing = False
-            for waiting, reply in zip(due, replies, strict=True):
+            return
+        for (_, part), outcome in zip(batches, outcomes, strict=True):
+            await self._take(lane, part, outcome)
+
+    async def _take(
+        self, lane: Lane[_Future], part: Sequence[Waiting[_Future]], outcome: list[Reply] | MeterError
+    ) -> None:
+        lane.failing = isinstance(outcome, StoreUnavailable)
+        if isinstance(outcome, list):
+            for waiting, reply in zip(part, outcome, strict=True):
                 if not waiting.caller.done():
                     waiting.caller.set_result(reply)
-        return None
+        elif isinstance(outcome, StoreCorrupt) and len(part) > 1:
+            # One operation met something odd in the store; the others must not suffer. Nothing was written, and each is
+            # idempotent anyway.
+            for waiting in part:
+                await self._call(lane, [waiting])
+        elif isinstance(outcome, StoreUnavailable):
+            self._try_again(lane, part, outcome)
+        else:
+            for waiting in part:
+                _fail(waiting, outcome)
 
-    def _try_again(self, lane: Lane[_Future], due: Sequence[Waiting[_Future]], error: StoreUnavailable) -> None:
-        """The call's time was that of its oldest operation: if it ran out, the younger ones have some left."""
-        timed_out = min([self._lanes.left_s(waiting) for waiting in due]) <= LONGEST_WAIT_S
-        for waiting in due:
+    def _try_again(self, lane: Lane[_Future], part: Sequence[Waiting[_Future]], error: StoreUnavailable) -> None:
+        """The time of a round trip was that of its oldest operation: if it ran out, the younger ones have some left."""
+        timed_out = min([self._lanes.left_s(waiting) for waiting in part]) <= LONGEST_WAIT_S
+        for waiting in part:
             if timed_out and not waiting.caller.done() and self._lanes.left_s(waiting) > LONGEST_WAIT_S:
                 self._lanes.put_back(lane, waiting)
             else:
-                _fail([waiting], error)
+                _fail(waiting, error)
 
 
-def _fail(due: Sequence[Waiting[_Future]], error: MeterError) -> None:
-    for waiting in due:
-        if not waiting.caller.done():
-            waiting.caller.set_exception(copy(error))  # each caller adds its own traceback
+def _fail(waiting: Waiting[_Future], error: MeterError) -> None:
+    if not waiting.caller.done():
+        waiting.caller.set_exception(copy(error))  # each caller adds its own traceback
 
 
 # ── For threads ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class SyncCaller(Protocol):
-    """What makes a script call: a driver."""
+    """What makes script calls: a driver."""
 
-    def call(
-        self,
-        name: str,
-        shard: int,
-        operations: Sequence[Any],
-        sweep_max: int | None = None,
-        deadline_s: float | None = None,
-    ) -> list[Reply]: ...
+    def lane_of(self, call: Call) -> Hashable: ...
+
+    def call(self, batch: Batch, deadline_s: float | None = None) -> list[Reply]: ...
+
+    def calls(self, batches: Sequence[Batch], deadline_s: float) -> list[list[Reply] | MeterError]: ...
 
 
 class _Parked:
-    """A thread that waits: for its reply, or for being told to send a batch, its own operation among it.
+    """A thread that waits: for its reply, or for being told to send others' operations with its own.
 
     Attributes:
-        lane: where it waits.
-        batch: what it is to send.
+        trip: what it is to send.
         outcome: the reply to its operation, or the error.
         gone: it was interrupted, or has waited long enough, and waits no more.
     """
 
-    __slots__ = ("batch", "gone", "lane", "outcome", "wake")
+    __slots__ = ("gone", "outcome", "trip", "wake")
 
     def __init__(self) -> None:
         self.wake = threading.Event()
-        self.lane: Lane[_Parked] | None = None
-        self.batch: list[Waiting[_Parked]] | None = None
+        self.trip: RoundTrip[_Parked] | None = None
         self.outcome: Reply | MeterError | None = None
         self.gone = False
 
@@ -285,7 +340,7 @@ class _Parked:
 
 
 class SyncBatching:
-    """Operations of many threads, batched. One of those whose operations a batch holds sends it."""
+    """Operations of many threads, batched. One of those whose operations leave together sends them."""
 
     def __init__(self, driver: SyncCaller, deadline_ms: int) -> None:
         self._driver = driver
@@ -296,32 +351,35 @@ class SyncBatching:
         """Nothing is on its way: so it is at first, and in a process that was forked from this one."""
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._lanes: Lanes[_Parked] = Lanes(self._deadline_ms)
+        self._lanes: Lanes[_Parked] = Lanes(self._driver.lane_of, self._deadline_ms)
 
     def run(self, call: Call) -> Reply:
         """The reply to one operation."""
         if os.getpid() != self._pid:
             self._begin()
+        full = None
         with self._lock:
-            lane = self._lanes.enter(call)
-            if lane is None:
+            alone = self._lanes.enter(call)
+            if alone is None:
                 parked = _Parked()
-                self._lanes.add(call, parked)
-        if lane is None:
+                full = self._lanes.add(call, parked)
+        if alone is None:
+            self._hand_over(full)
             return self._reply_to(parked, call)
+        script, shard, operation, sweep_max = call
         try:
-            reply = self._driver.call(call.script, call.shard, (call.operation,), call.sweep_max)[0]
-            lane.failing = False
+            reply = self._driver.call(Batch(script, shard, sweep_max, (operation,)))[0]
+            alone.lane.failing = False
             return reply
         except StoreUnavailable:
-            lane.failing = True
+            alone.lane.failing = True
             raise
         finally:
-            self._landed(lane)
+            self._landed(alone)
 
     def _reply_to(self, parked: _Parked, call: Call) -> Reply:
         try:
-            # A little more than a call may take: whoever sends the batch has told the outcome by then.
+            # A little more than a call may take: whoever sends this operation has told the outcome by then.
             woken = parked.wake.wait(self._deadline_ms / 1000 + 1)
         except BaseException:
             self._leave(parked)
@@ -329,8 +387,8 @@ class SyncBatching:
         if not woken:
             self._leave(parked)
             raise StoreUnavailable(call.script, "those before it never came back")
-        if parked.batch and parked.lane:
-            self._send(parked.lane, parked.batch)
+        if parked.trip:
+            self._send(parked.trip)
         outcome = parked.outcome
         if isinstance(outcome, MeterError):
             raise outcome
@@ -341,61 +399,61 @@ class SyncBatching:
         """It waits no more; what it was to send, another sends."""
         with self._lock:
             parked.gone = True
-        if parked.batch and parked.lane:
-            self._hand_over(parked.lane, parked.batch)
+        self._hand_over(parked.trip)
 
-    def _landed(self, lane: Lane[_Parked]) -> None:
-        """A call is over: the next batch may go."""
+    def _landed(self, trip: RoundTrip[_Parked]) -> None:
+        """A round trip is over: the next one may go."""
         with self._lock:
-            batch = self._lanes.next(lane)
-        if batch:
-            self._hand_over(lane, batch)
+            following = self._lanes.next(trip)
+        self._hand_over(following)
 
-    def _hand_over(self, lane: Lane[_Parked], batch: Sequence[Waiting[_Parked]]) -> None:
-        """One of the threads that wait for the batch sends it; those that were interrupted meanwhile do not."""
+    def _hand_over(self, trip: RoundTrip[_Parked] | None) -> None:
+        """One of the threads that wait for these operations sends them; those interrupted meanwhile do not."""
+        if trip is None:
+            return
         with self._lock:
-            there = [waiting for waiting in batch if not waiting.caller.gone]
+            there = [waiting for waiting in trip.due if not waiting.caller.gone]
             if there:
                 sender = there[0].caller
-                sender.lane, sender.batch = lane, there
+                sender.trip = trip._replace(due=there)
                 sender.wake.set()
         if not there:
-            self._landed(lane)
+            self._landed(trip)
 
-    def _send(self, lane: Lane[_Parked], batch: Sequence[Waiting[_Parked]]) -> None:
+    def _send(self, trip: RoundTrip[_Parked]) -> None:
         due = []
-        for waiting in batch:
+        for waiting in trip.due:
             if self._lanes.left_s(waiting) <= 0:
-                waiting.caller.end(lane.waited_in_vain())
+                waiting.caller.end(trip.lane.waited_in_vain(waiting.call))
             else:
                 due.append(waiting)
         try:
             if due:
-                self._call(lane, due)
+                self._call(trip.lane, due)
         finally:
-            self._landed(lane)
+            self._landed(trip)
 
     def _call(self, lane: Lane[_Parked], due: Sequence[Waiting[_Parked]]) -> None:
-        operations = [waiting.operation for waiting in due]
+        batches = batches_of(due)
         oldest_s = min([self._lanes.left_s(waiting) for waiting in due])
         left_s = max(oldest_s, self._lanes.deadline_s / 2)  # who came late shall not fail for who came first
         try:
-            replies = self._driver.call(lane.script, lane.shard, operations, lane.sweep_max, left_s)
-        except StoreCorrupt as error:
-            if len(due) == 1:
-                return due[0].caller.end(error)
-            for waiting in due:  # see AsyncBatching
-                self._call(lane, [waiting])
-        except MeterError as error:
-            lane.failing = isinstance(error, StoreUnavailable)
-            for waiting in due:
-                waiting.caller.end(copy(error))
+            outcomes = self._driver.calls([batch for batch, _ in batches], left_s)
         except BaseException as error:
             for waiting in due:
-                waiting.caller.end(StoreUnavailable(lane.script, f"{type(error).__name__}: {error}"))
+                waiting.caller.end(StoreUnavailable(waiting.call.script, f"{type(error).__name__}: {error}"))
             raise
-        else:
-            lane.failing = False
-            for waiting, reply in zip(due, replies, strict=True):
+        for (_, part), outcome in zip(batches, outcomes, strict=True):
+            self._take(lane, part, outcome)
+
+    def _take(self, lane: Lane[_Parked], part: Sequence[Waiting[_Parked]], outcome: list[Reply] | MeterError) -> None:
+        lane.failing = isinstance(outcome, StoreUnavailable)
+        if isinstance(outcome, list):
+            for waiting, reply in zip(part, outcome, strict=True):
                 waiting.caller.end(reply)
-        return None
+        elif isinstance(outcome, StoreCorrupt) and len(part) > 1:
+            for waiting in part:  # see AsyncBatching
+                self._call(lane, [waiting])
+        else:
+            for waiting in part:
+                waiting.caller.end(copy(outcome))

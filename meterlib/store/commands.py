@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from meterlib.core.operations import Operation
@@ -17,6 +17,15 @@ class Call(NamedTuple):
     shard: int
     operation: Operation
     sweep_max: int | None = None
+
+
+class Batch(NamedTuple):
+    """A script call: operations of one verb on one shard."""
+
+    script: str
+    shard: int
+    sweep_max: int | None
+    operations: Sequence[Operation]
 
 
 class ReadLedger(NamedTuple):

@@ -6,7 +6,7 @@ import asyncio
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import suppress
 from struct import Struct
 from typing import Any, Protocol, TypeVar
@@ -20,6 +20,7 @@ from meterlib.errors import MeterError, PolicyError, StoreCorrupt, StoreRefused,
 from meterlib.store import forgetful
 from meterlib.store.batching import AsyncBatching, SyncBatching
 from meterlib.store.commands import (
+    Batch,
     Call,
     Command,
     Flow,
@@ -34,6 +35,7 @@ from meterlib.store.embedded import EmbeddedServer
 from meterlib.store.embedded_wait import wait_for, wait_for_async
 from meterlib.store.faults import FAILURES, Attempts, corrupt, out_of_reach
 from meterlib.store.keys import layout, layout_key, shard_keys
+from meterlib.store.pipelines import Pipeline
 from meterlib.store.scripts import Script, script
 
 T = TypeVar("T")
@@ -119,12 +121,16 @@ class _Calls:
             found = self._scripts[name] = (made, text, sha)
         return found
 
-    def arguments(self, shard: int, operations: Sequence[Any], sweep_max: int | None = None) -> list[Value]:
+    def words(self, batch: Batch, *, by_text: bool = False) -> list[Value]:
+        """A script call: by its digest, or by its text for a server that does not have it."""
+        name, shard, sweep_max, operations = batch
+        _, text, sha = self.script(name)
         if sweep_max is None:
             sweep_max = swept_by(self.options, len(operations))
         usual = self._clock is None and sweep_max == self.options.sweep_max
         call = self._call if usual else self._call_arguments(sweep_max)
-        return [*self._keys[shard], call, *[operation.packed() for operation in operations]]
+        script = ("EVAL", text) if by_text else ("EVALSHA", sha)
+        return [*script, *self._keys[shard], call, *[operation.packed() for operation in operations]]
 
     def _call_arguments(self, sweep_max: int) -> bytes:
         now_ms = self._clock.now_ms if self._clock else 0
@@ -172,6 +178,7 @@ class SyncDriver:
         self.client = client
         self.options = options
         self._calls = _Calls(options, clock, plain=plain)
+        self._one_server = hasattr(client, "pipeline") and not hasattr(client, "get_node_from_key")
         self.server: EmbeddedServer | None = None
         self._layout_checked = False
         self._ready = False
@@ -217,35 +224,67 @@ class SyncDriver:
                     return sorted(windows)
         return head_of(*[self._retrying("head", *words) for words in self._calls.head_commands(command.shard)])
 
-    def call(
-        self,
-        name: str,
-        shard: int,
-        operations: Sequence[Any],
-        sweep_max: int | None = None,
-        deadline_s: float | None = None,
-    ) -> list[Reply]:
-        """Run a batch of operations of one script on one shard, in one call, in the time that they have left."""
+    def lane_of(self, call: Call) -> Hashable:
+        """What one server is asked may leave together; the slots of a cluster may lie on any node."""
+        return None if self._one_server else (call.script, call.shard, call.sweep_max)
+
+    def call(self, batch: Batch, deadline_s: float | None = None) -> list[Reply]:
+        """Run operations of one script on one shard, in one call, in the time that they have left."""
         if not self._ready:
-            self._prepare(reads=name in READING)
-        _, text, sha = self._calls.script(name)
-        arguments = self._calls.arguments(shard, operations, sweep_max)
+            self._prepare(reads=batch.script in READING)
         attempts: Attempts | None = None
         began_s = time.monotonic()
         while True:
             try:
                 try:
-                    answer = self._send("EVALSHA", sha, *arguments)
+                    answer = self._send(*self._calls.words(batch))
                 except NoScriptError:
-                    answer = self._send("EVAL", text, *arguments)
-                return self._calls.replies(name, len(operations), answer)
+                    answer = self._send(*self._calls.words(batch, by_text=True))
+                return self._calls.replies(batch.script, len(batch.operations), answer)
             except StoreUnavailable:
                 self._forget_connections()
                 raise
             except FAILURES as error:
                 deadline_ms = self.options.deadline_ms if deadline_s is None else deadline_s * 1000
-                attempts = attempts or Attempts(name, deadline_ms, began_s)
+                attempts = attempts or Attempts(batch.script, deadline_ms, began_s)
                 self._pause(attempts, error)
+
+    def calls(self, batches: Sequence[Batch], deadline_s: float) -> list[list[Reply] | MeterError]:
+        """What becomes of several calls, in one round trip if there is one server; one's failure is its own."""
+        if len(batches) == 1 or not self._one_server:
+            return [self._outcome(batch, deadline_s) for batch in batches]
+        try:
+            if not self._ready:
+                self._prepare(reads=all(batch.script in READING for batch in batches))
+        except MeterError as error:
+            return [error] * len(batches)
+        pipeline = Pipeline(self._calls, batches, deadline_s)
+        while words := pipeline.words():
+            wait_s = pipeline.take(self._send_all(words))
+            if wait_s:
+                self._wait(pipeline.attempts, wait_s)
+        if any(isinstance(outcome, StoreUnavailable) for outcome in pipeline.outcomes):
+            self._forget_connections()
+        return pipeline.outcomes
+
+    def _outcome(self, batch: Batch, deadline_s: float) -> list[Reply] | MeterError:
+        try:
+            return self.call(batch, deadline_s)
+        except MeterError as error:
+            return error
+
+    def _send_all(self, words: Sequence[Sequence[Value]]) -> list[Any]:
+        pipe = self.client.pipeline(transaction=False)
+        for one in words:
+            pipe.execute_command(*one, NEVER_DECODE=True)
+        try:
+            answers: list[Any] = pipe.execute(raise_on_error=False)
+        except FAILURES as error:
+            return [error] * len(words)
+        except BaseException:
+            self._forget_connections()  # see _send
+            raise
+        return answers
 
     def _retrying(self, name: str, *words: Value) -> Any:
         attempts = Attempts(name, self.options.deadline_ms)
@@ -303,7 +342,9 @@ class SyncDriver:
         self._layout_checked = True
 
     def _pause(self, attempts: Attempts, error: Exception) -> None:
-        wait_s = attempts.pause_s(error)
+        self._wait(attempts, attempts.pause_s(error))
+
+    def _wait(self, attempts: Attempts, wait_s: float) -> None:
         if self.server:
             wait_for(self.server, attempts.left_s())
         time.sleep(wait_s)
@@ -330,6 +371,7 @@ class AsyncDriver:
         self.client = client
         self.options = options
         self._calls = _Calls(options, clock, plain=plain)
+        self._one_server = hasattr(client, "pipeline") and not hasattr(client, "get_node_from_key")
         self.server: EmbeddedServer | None = None
         self._layout_checked = False
         self._ready = False
@@ -381,32 +423,60 @@ class AsyncDriver:
                     return sorted(windows)
         return head_of(*[await self._retrying("head", *words) for words in self._calls.head_commands(command.shard)])
 
-    async def call(
-        self,
-        name: str,
-        shard: int,
-        operations: Sequence[Any],
-        sweep_max: int | None = None,
-        deadline_s: float | None = None,
-    ) -> list[Reply]:
-        """Run a batch of operations of one script on one shard, in one call, in the time that they have left."""
+    def lane_of(self, call: Call) -> Hashable:
+        """What one server is asked may leave together; the slots of a cluster may lie on any node."""
+        return None if self._one_server else (call.script, call.shard, call.sweep_max)
+
+    async def call(self, batch: Batch, deadline_s: float | None = None) -> list[Reply]:
+        """Run operations of one script on one shard, in one call, in the time that they have left."""
         if not self._ready:
-            await self._prepare(reads=name in READING)
-        _, text, sha = self._calls.script(name)
-        arguments = self._calls.arguments(shard, operations, sweep_max)
+            await self._prepare(reads=batch.script in READING)
         attempts: Attempts | None = None
         began_s = time.monotonic()
         while True:
             try:
                 try:
-                    answer = await self.client.execute_command("EVALSHA", sha, *arguments, NEVER_DECODE=True)
+                    answer = await self.client.execute_command(*self._calls.words(batch), NEVER_DECODE=True)
                 except NoScriptError:
-                    answer = await self.client.execute_command("EVAL", text, *arguments, NEVER_DECODE=True)
-                return self._calls.replies(name, len(operations), answer)
+                    words = self._calls.words(batch, by_text=True)
+                    answer = await self.client.execute_command(*words, NEVER_DECODE=True)
+                return self._calls.replies(batch.script, len(batch.operations), answer)
             except FAILURES as error:
                 deadline_ms = self.options.deadline_ms if deadline_s is None else deadline_s * 1000
-                attempts = attempts or Attempts(name, deadline_ms, began_s)
+                attempts = attempts or Attempts(batch.script, deadline_ms, began_s)
                 await self._pause(attempts, error)
+
+    async def calls(self, batches: Sequence[Batch], deadline_s: float) -> list[list[Reply] | MeterError]:
+        """What becomes of several calls, in one round trip if there is one server; one's failure is its own."""
+        if len(batches) == 1 or not self._one_server:
+            return [await self._outcome(batch, deadline_s) for batch in batches]
+        try:
+            if not self._ready:
+                await self._prepare(reads=all(batch.script in READING for batch in batches))
+        except MeterError as error:
+            return [error] * len(batches)
+        pipeline = Pipeline(self._calls, batches, deadline_s)
+        while words := pipeline.words():
+            wait_s = pipeline.take(await self._send_all(words))
+            if wait_s:
+                await self._wait(pipeline.attempts, wait_s)
+        return pipeline.outcomes
+
+    async def _outcome(self, batch: Batch, deadline_s: float) -> list[Reply] | MeterError:
+        try:
+            return await self.call(batch, deadline_s)
+        except MeterError as error:
+            return error
+
+    async def _send_all(self, words: Sequence[Sequence[Value]]) -> list[Any]:
+        pipe = self.client.pipeline(transaction=False)
+        for one in words:
+            pipe.execute_command(*one, NEVER_DECODE=True)
+        try:
+            answers: list[Any] = await pipe.execute(raise_on_error=False)
+        except FAILURES as error:
+            return [error] * len(words)
+        return answers
 
     async def _retrying(self, name: str, *words: Value) -> Any:
         attempts = Attempts(name, self.options.deadline_ms)
@@ -449,7 +519,9 @@ class AsyncDriver:
         self._layout_checked = True
 
     async def _pause(self, attempts: Attempts, error: Exception) -> None:
-        wait_s = attempts.pause_s(error)
+        await self._wait(attempts, attempts.pause_s(error))
+
+    async def _wait(self, attempts: Attempts, wait_s: float) -> None:
         if self.server:
             await wait_for_async(self.server, attempts.left_s())
         await asyncio.sleep(wait_s)
@@ -493,7 +565,8 @@ class MemoryDriver:
 
     def execute(self, command: Command) -> Any:
         if isinstance(command, Call):
-            return self._call(command.script, command.shard, (command.operation,), command.sweep_max)[0]
+            batch = Batch(command.script, command.shard, command.sweep_max, (command.operation,))
+            return MemoryDriver.call(self, batch)[0]
         shard = self.store.shards[command.shard]
         with self.store.lock:
             if isinstance(command, ReadHead):
@@ -518,11 +591,9 @@ class MemoryDriver:
             page = [entry for entry in shard.ledger if entry["n"] > command.after][: command.limit]
             return [(entry["n"], stored_fields(entry)) for entry in page]
 
-    def call(self, name: str, shard: int, operations: Sequence[Any], sweep_max: int | None = None) -> list[Reply]:
-        """Run a batch of operations of one rule on one shard, in one call."""
-        return self._call(name, shard, operations, sweep_max)
-
-    def _call(self, name: str, shard: int, operations: Sequence[Any], sweep_max: int | None = None) -> list[Reply]:
+    def call(self, batch: Batch) -> list[Reply]:
+        """Run operations of one rule on one shard, in one call."""
+        name, shard, sweep_max, operations = batch
         server_ms = self._clock.now_ms if self._clock else time.time_ns() // 1_000_000
         most = swept_by(self.options, len(operations)) if sweep_max is None else sweep_max
         with self.store.lock:
@@ -542,10 +613,8 @@ class AsyncMemoryDriver(MemoryDriver):
     async def run(self, flow: Flow[T]) -> T:  # type: ignore[override]
         return MemoryDriver.run(self, flow)
 
-    async def call(  # type: ignore[override]
-        self, name: str, shard: int, operations: Sequence[Any], sweep_max: int | None = None
-    ) -> list[Reply]:
-        return self._call(name, shard, operations, sweep_max)
+    async def call(self, batch: Batch) -> list[Reply]:  # type: ignore[override]
+        return MemoryDriver.call(self, batch)
 
     async def aclose(self) -> None:
         """Nothing to close: the store is its owner's."""

@@ -7,7 +7,7 @@ import os
 import random
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,8 +19,16 @@ from meterlib import AsyncMeter, Limit, Meter, Policy, QuotaExceeded, StoreOptio
 from meterlib import Usage as Used
 from meterlib.core.operations import Cancel, Reply
 from meterlib.errors import MeterError, StoreCorrupt
-from meterlib.store.batching import BATCH_MAX, AsyncBatching, Lanes, SyncBatching
-from meterlib.store.commands import Call
+from meterlib.store.batching import (
+    BATCH_MAX,
+    TOGETHER_MAX,
+    UNDER_WAY_MAX,
+    AsyncBatching,
+    Lanes,
+    SyncBatching,
+    batches_of,
+)
+from meterlib.store.commands import Batch, Call
 from meterlib.store.keys import shard_keys
 from meterlib.testing import Clock
 from tests.faults.world import check_books
@@ -34,6 +42,11 @@ def a_call(tenant: str, number: int, shard: int = 0) -> Call:
     return Call("cancel", shard, Cancel(f"r/{tenant}/{number}"))
 
 
+def one_lane(call: Call) -> Hashable:
+    """As one server has it."""
+    return None
+
+
 def answer_to(operation: Any) -> Reply:
     return [operation.field]
 
@@ -44,32 +57,58 @@ def answer_to(operation: Any) -> Reply:
 @given(st.lists(st.sampled_from("abc"), max_size=300))
 def test_tenants_take_turns_and_nobody_is_forgotten(waiting: list[str]) -> None:
     """A tenant with a thousand calls keeps one with a single call waiting for a single turn."""
-    lanes: Lanes[int] = Lanes(5000)
-    lane = lanes.enter(a_call("z", 0))
-    assert lane is not None
-    for number, tenant in enumerate(waiting):
-        lanes.add(a_call(tenant, number), number)
-    left = Counter(waiting)
-    taken: list[int] = []
-    while batch := lanes.next(lane):
-        assert len(batch) <= BATCH_MAX
-        served = Counter(waiting[entry.caller] for entry in batch)
+    lanes: Lanes[int] = Lanes(one_lane, 5000)
+    alone = lanes.enter(a_call("z", 0))
+    assert alone is not None
+    trips = [trip for number, tenant in enumerate(waiting) if (trip := lanes.add(a_call(tenant, number), number))]
+    assert len(trips) == min(UNDER_WAY_MAX - 1, len(waiting) // TOGETHER_MAX), "only a full one leaves besides"
+    first = lanes.next(alone)
+    trips += [first] if first else []
+    left, taken = Counter(waiting), []
+    for trip in trips:
+        assert 1 <= len(trip.due) <= TOGETHER_MAX
+        served = Counter(waiting[entry.caller] for entry in trip.due)
         for mine in served:
             ahead = max(served.values()) - served[mine]
             assert ahead <= 1 or served[mine] == left[mine], "it had more, and another was served first"
         left -= served
-        taken += [entry.caller for entry in batch]
+        taken += [entry.caller for entry in trip.due]
+        following = lanes.next(trip)
+        trips += [following] if following else []
     assert sorted(taken) == list(range(len(waiting)))
     for key in set(waiting):
         theirs = [number for number in taken if waiting[number] == key]
         assert theirs == sorted(theirs), "a tenant's own calls keep their order"
     assert 0 == lanes.waiting
-    assert lanes.enter(a_call("z", 1)) is lane, "it is free again"
+    assert lanes.enter(a_call("z", 1)), "it is free again"
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from([0, 1]), st.sampled_from([None, 3])), max_size=300))
+def test_operations_of_one_verb_and_shard_share_a_script_call(asked: list[tuple[str, int, int | None]]) -> None:
+    """Each operation is in one call, among its kind and in order, and no call keeps the server for long."""
+    lanes: Lanes[int] = Lanes(one_lane, 5000)
+    alone = lanes.enter(a_call("z", 0))
+    assert alone is not None
+    trips = []
+    for number, (tenant, shard, sweep_max) in enumerate(asked):
+        trips.append(lanes.add(a_call(tenant, number, shard)._replace(sweep_max=sweep_max), number))
+    trips.append(lanes.next(alone))
+    for trip in filter(None, trips):
+        made = batches_of(trip.due)
+
+        assert sorted(w.caller for _, part in made for w in part) == sorted(w.caller for w in trip.due)
+        for batch, part in made:
+            assert 1 <= len(batch.operations) <= BATCH_MAX
+            assert [w.call.operation for w in part] == batch.operations
+            assert {batch[:3]} == {(w.call.script, w.call.shard, w.call.sweep_max) for w in part}
+        calls = Counter(batch[1:3] for batch, _ in made)
+        held = Counter((w.call.shard, w.call.sweep_max) for w in trip.due)
+        assert all(calls[kind] == -(-held[kind] // BATCH_MAX) for kind in held)
 
 
 def test_too_many_waiting_calls_are_refused_at_once() -> None:
     """Overload is told to whoever comes last, and nothing is sent for it."""
-    lanes: Lanes[int] = Lanes(5000, waiting_max=3)
+    lanes: Lanes[int] = Lanes(one_lane, 5000, waiting_max=3)
     lanes.enter(a_call("a", 0))
     for number in range(3):
         lanes.add(a_call("a", number), number)
@@ -87,32 +126,37 @@ class SlowDriver:
     """Answers calls when told; remembers what went out together."""
 
     def __init__(self) -> None:
-        self.calls: list[list[str]] = []
+        self.sent: list[list[str]] = []
         self.free = asyncio.Event()
         self.free_shards: set[int] = set()
         self.broken: set[str] = set()
         self.failure: MeterError | None = None
         self.fails_at_deadline = 0
 
-    async def call(
-        self,
-        name: str,
-        shard: int,
-        operations: Sequence[Any],
-        sweep_max: int | None = None,
-        deadline_s: float | None = None,
-    ) -> list[Reply]:
-        self.calls.append([operation.field for operation in operations])
-        if shard not in self.free_shards:
+    def lane_of(self, call: Call) -> Hashable:
+        return call.shard
+
+    async def call(self, batch: Batch, deadline_s: float | None = None) -> list[Reply]:
+        self.sent.append([operation.field for operation in batch.operations])
+        if batch.shard not in self.free_shards:
             await self.free.wait()
         if self.failure:
             raise self.failure
         if deadline_s is not None and self.fails_at_deadline:
             self.fails_at_deadline -= 1
-            raise StoreUnavailable(name, "made up by a test")
-        if any(operation.field in self.broken for operation in operations):
+            raise StoreUnavailable(batch.script, "made up by a test")
+        if any(operation.field in self.broken for operation in batch.operations):
             raise StoreCorrupt("made up by a test")
-        return [answer_to(operation) for operation in operations]
+        return [answer_to(operation) for operation in batch.operations]
+
+    async def calls(self, batches: Sequence[Batch], deadline_s: float) -> list[list[Reply] | MeterError]:
+        outcomes: list[list[Reply] | MeterError] = []
+        for batch in batches:
+            try:
+                outcomes.append(await self.call(batch, deadline_s))
+            except MeterError as error:
+                outcomes.append(error)
+        return outcomes
 
 
 async def all_at_once(driver: SlowDriver, count: int, deadline_ms: int = 5000) -> list[Any]:
@@ -132,13 +176,13 @@ def test_a_lone_call_leaves_at_once_and_others_leave_together() -> None:
         batching = AsyncBatching(driver, 5000)
         tasks = [asyncio.create_task(batching.run(a_call("a", number))) for number in range(40)]
         await asyncio.sleep(0)
-        assert 1 == len(driver.calls)
+        assert 1 == len(driver.sent)
         driver.free.set()
 
         replies = await asyncio.gather(*tasks)
 
         assert [[f"r/a/{number}"] for number in range(40)] == replies
-        assert 2 == len(driver.calls)
+        assert 2 == len(driver.sent)
 
     asyncio.run(main())
 
@@ -166,7 +210,7 @@ def test_cancelled_callers_take_back_what_was_not_sent_and_harm_nobody(seed: int
                 assert isinstance(reply, asyncio.CancelledError)
             else:
                 assert [f"r/{'abc'[number % 3]}/{number}"] == reply
-        sent = [field for call in driver.calls for field in call]
+        sent = [field for call in driver.sent for field in call]
         waited = {f"r/{'abc'[number % 3]}/{number}" for number in left if number}
         assert not waited & set(sent)
         assert 0 == batching._lanes.waiting
@@ -184,7 +228,7 @@ def test_one_operations_trouble_is_not_its_neighbours() -> None:
 
         replies = await all_at_once(driver, 20)
 
-        assert 19 == len(driver.calls[1])
+        assert 19 == len(driver.sent[1])
 
         for number, reply in enumerate(replies):
             assert isinstance(reply, StoreCorrupt) if number == 7 else [f"r/a/{number}"] == reply
@@ -216,7 +260,7 @@ def test_who_came_late_is_not_failed_for_who_came_first() -> None:
         under_way = asyncio.create_task(batching.run(a_call("a", 0)))
         old, young = [asyncio.create_task(batching.run(a_call("a", number))) for number in (1, 2)]
         await asyncio.sleep(0)
-        queue = batching._lanes._lanes["cancel", 0, None]._tenants["a"]
+        queue = batching._lanes._lanes[0]._tenants["a"]
         queue[0] = queue[0]._replace(since_s=queue[0].since_s - 4.9)
         driver.fails_at_deadline = 1
         driver.free.set()
@@ -263,44 +307,48 @@ def test_who_has_waited_too_long_is_not_sent_any_more(failing: bool) -> None:
         replies = await asyncio.gather(*tasks, return_exceptions=True)
 
         assert {StoreUnavailable if failing else StoreOverloaded} == {type(reply) for reply in replies[1:]}
-        assert 1 == len(driver.calls)
+        assert 1 == len(driver.sent)
 
     asyncio.run(main())
 
 
 def test_a_lane_that_an_interrupt_left_busy_opens_again() -> None:
     """An interrupt can strike between any two steps, and must not stop a process for ever."""
-    lanes: Lanes[int] = Lanes(0)
-    lane = lanes.enter(a_call("a", 1))
-    assert lane is not None
+    lanes: Lanes[int] = Lanes(one_lane, 0)
+    lost = lanes.enter(a_call("a", 1))
+    assert lost is not None
     assert lanes.enter(a_call("a", 2)) is None
-    assert lane.busy_since_s is not None
-    lane.busy_since_s -= 11
+    lost.lane.begun_s[0] -= 11
 
-    assert lanes.enter(a_call("a", 3)) is lane
+    assert lanes.enter(a_call("a", 3))
 
 
 class SlowSyncDriver:
     """The same for threads."""
 
     def __init__(self) -> None:
-        self.calls: list[list[str]] = []
+        self.sent: list[list[str]] = []
         self.free = threading.Event()
         self.broken: set[str] = set()
 
-    def call(
-        self,
-        name: str,
-        shard: int,
-        operations: Sequence[Any],
-        sweep_max: int | None = None,
-        deadline_s: float | None = None,
-    ) -> list[Reply]:
-        self.calls.append([operation.field for operation in operations])
+    def lane_of(self, call: Call) -> Hashable:
+        return call.shard
+
+    def call(self, batch: Batch, deadline_s: float | None = None) -> list[Reply]:
+        self.sent.append([operation.field for operation in batch.operations])
         self.free.wait(30)
-        if any(operation.field in self.broken for operation in operations):
+        if any(operation.field in self.broken for operation in batch.operations):
             raise StoreCorrupt("made up by a test")
-        return [answer_to(operation) for operation in operations]
+        return [answer_to(operation) for operation in batch.operations]
+
+    def calls(self, batches: Sequence[Batch], deadline_s: float) -> list[list[Reply] | MeterError]:
+        outcomes: list[list[Reply] | MeterError] = []
+        for batch in batches:
+            try:
+                outcomes.append(self.call(batch, deadline_s))
+            except MeterError as error:
+                outcomes.append(error)
+        return outcomes
 
 
 def test_threads_send_for_each_other() -> None:
@@ -318,7 +366,7 @@ def test_threads_send_for_each_other() -> None:
                 assert isinstance(future.exception(30), StoreCorrupt)
             else:
                 assert [f"r/a/{number}"] == future.result(30)
-    assert 2 <= len(driver.calls) <= 2 + 40
+    assert 2 <= len(driver.sent) <= 2 + 40
     assert 0 == batching._lanes.waiting
 
 
@@ -329,7 +377,7 @@ def test_a_process_forked_while_calls_are_on_their_way_is_not_kept_waiting_by_th
     batching = SyncBatching(driver, 60_000)
     with ThreadPoolExecutor(1) as pool:
         under_way = pool.submit(batching.run, a_call("a", 0))
-        while not driver.calls:
+        while not driver.sent:
             threading.Event().wait(0.001)
         reading, writing = os.pipe()
         child = os.fork()

@@ -32,7 +32,7 @@ from meterlib.core.operations import (
     Settle,
     Sweep,
 )
-from meterlib.store.commands import ReadHead, ReadLedger
+from meterlib.store.commands import Batch, ReadHead, ReadLedger
 from meterlib.store.drivers import MemoryDriver, MemoryStore, StoreOptions, SyncDriver
 from meterlib.store.keys import layout
 from meterlib.testing import Clock
@@ -121,9 +121,9 @@ class Histories(RuleBasedStateMachine):
     def call(self, name: str, operations: list[Any], sweep_max: int | None = None) -> list[list[Any]]:
         seen = len(self.shard.ledger)
         sweep_max = sweep_max or self.sweep_max
-        replies: list[list[Any]] = plain(self.twin.call(name, 0, operations, sweep_max))
+        replies: list[list[Any]] = plain(self.twin.call(Batch(name, 0, sweep_max, operations)))
         for driver in self.scripts:
-            assert replies == plain(driver.call(name, 0, operations, sweep_max))
+            assert replies == plain(driver.call(Batch(name, 0, sweep_max, operations)))
         assert self.shard.clock_ms >= self.now_ms, "time went back"
 
         self.now_ms = self.shard.clock_ms
