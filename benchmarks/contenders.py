@@ -22,7 +22,7 @@ from redis.exceptions import MaxConnectionsError
 from benchmarks.measure import Contender, WrongDecisionError, all_at_once
 from meterlib import AsyncMeter, Limit, Meter, Policy, QuotaExceeded, Tenant, Usage
 from meterlib.core.operations import Operation, packed
-from meterlib.store.commands import Call
+from meterlib.store.commands import Batch, Call
 from meterlib.store.drivers import StoreOptions, SyncDriver
 from meterlib.store.flows import Context, reserve
 from meterlib.store.keys import shard_of
@@ -78,7 +78,7 @@ def fill_window(client: Any, prefix: str, tenant: str, requests: int, clock: Clo
         clock.set(now_ms - 59_999 + made * 59_999 // requests)
         operations.append(reserve_operation(context, tenant))
         if len(operations) == max(1, min(100, requests // 600)) or made == requests:
-            driver.call("reserve", shard, operations)
+            driver.call(Batch("reserve", shard, None, operations))
             operations = []
 
 

@@ -47,6 +47,10 @@ def one_lane(call: Call) -> Hashable:
     return None
 
 
+def fields_of(batch: Batch) -> list[str]:
+    return [str(getattr(operation, "field", "")) for operation in batch.operations]
+
+
 def answer_to(operation: Any) -> Reply:
     return [operation.field]
 
@@ -137,7 +141,7 @@ class SlowDriver:
         return call.shard
 
     async def call(self, batch: Batch, deadline_s: float | None = None) -> list[Reply]:
-        self.sent.append([operation.field for operation in batch.operations])
+        self.sent.append(fields_of(batch))
         if batch.shard not in self.free_shards:
             await self.free.wait()
         if self.failure:
@@ -145,7 +149,7 @@ class SlowDriver:
         if deadline_s is not None and self.fails_at_deadline:
             self.fails_at_deadline -= 1
             raise StoreUnavailable(batch.script, "made up by a test")
-        if any(operation.field in self.broken for operation in batch.operations):
+        if self.broken & set(fields_of(batch)):
             raise StoreCorrupt("made up by a test")
         return [answer_to(operation) for operation in batch.operations]
 
@@ -335,9 +339,9 @@ class SlowSyncDriver:
         return call.shard
 
     def call(self, batch: Batch, deadline_s: float | None = None) -> list[Reply]:
-        self.sent.append([operation.field for operation in batch.operations])
+        self.sent.append(fields_of(batch))
         self.free.wait(30)
-        if any(operation.field in self.broken for operation in batch.operations):
+        if self.broken & set(fields_of(batch)):
             raise StoreCorrupt("made up by a test")
         return [answer_to(operation) for operation in batch.operations]
 
