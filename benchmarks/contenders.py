@@ -8,7 +8,7 @@ per limit, and keep none.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -25,16 +25,19 @@ from meterlib.core.operations import Operation, packed
 from meterlib.store.commands import Batch, Call
 from meterlib.store.drivers import StoreOptions, SyncDriver
 from meterlib.store.flows import Context, reserve
-from meterlib.store.keys import shard_of
+from meterlib.store.keys import layout, shard_of
 from meterlib.testing import Clock
 
 ATTRIBUTES = {"provider": "anthropic", "model": "claude-sonnet-4-5"}
 TOKENS = 1200
 PLENTY = 10**12
 TENANTS = 1000
+MANY = f", {TENANTS:,} tenants"
+"""What the names of contenders end in whose calls are each another tenant's."""
+
 POOL = 64
 NO_OP = "return {}"
-NO_OP_KEYS = tuple(f"noop:{{0}}:{name}" for name in "abcd")
+NO_OP_KEYS = tuple(f"noop:{{0}}:{name}" for name in "abcde")
 
 
 @dataclass(frozen=True)
@@ -83,21 +86,33 @@ def fill_window(client: Any, prefix: str, tenant: str, requests: int, clock: Clo
 
 
 class Lineup:
-    """Makes the contenders of one run, and checks that each of them really decides."""
+    """Makes the contenders of one run, and checks that each of them really decides.
 
-    def __init__(self, server: Any, url: str, runner: asyncio.Runner) -> None:
+    Args:
+        server: what is emptied between turns.
+        url: where everybody connects to.
+        runner: the event loop of those that need one.
+        own: what this lineup's keys begin with, where several use a server at the same time.
+    """
+
+    def __init__(self, server: Any, url: str, runner: asyncio.Runner, own: str = "") -> None:
         self.server = server
         self.url = url
         self.runner = runner
         self.contenders: list[Contender] = []
         self._closing: list[Callable[[], Any]] = []
-        self._prefixes = (f"bench{number}" for number in count())
+        self._prefixes = (f"{own}bench{number}" for number in count())
 
     def gather(self, task_counts: tuple[int, ...]) -> list[Contender]:
         """All contenders; `task_counts` without 0, which stands for no asyncio."""
         self._sync()
         for tasks in task_counts:
             self._async(tasks)
+        return self.contenders
+
+    def gather_async(self, tasks: int) -> list[Contender]:
+        """Those of one number of tasks."""
+        self._async(tasks)
         return self.contenders
 
     def close(self) -> None:
@@ -119,7 +134,7 @@ class Lineup:
         sha = client.script_load(NO_OP)
         self._add("PING", "bare", 0, client.ping, commands=("ping",))
         send = client.execute_command
-        self._add("EVALSHA no-op", "bare", 0, lambda: send("EVALSHA", sha, 4, *NO_OP_KEYS) == [])
+        self._add("EVALSHA no-op", "bare", 0, lambda: send("EVALSHA", sha, len(NO_OP_KEYS), *NO_OP_KEYS) == [])
         words = self._reserve_words()
         self._add("EVALSHA no-op, reserve's arguments", "bare", 0, lambda: send("EVALSHA", sha, *words) == [])
         self._sync_meterlib()
@@ -151,14 +166,14 @@ class Lineup:
                 return False
             return True
 
-        tenants = cycle([f"tenant-{number}" for number in range(TENANTS)])
+        tenants = in_turn()
 
         def take_for_any() -> bool:
             meter.reserve(next(tenants), ATTRIBUTES, Usage(input_tokens=TOKENS))
             return True
 
         self._add("meterlib reserve", "meterlib", 0, take, prepare=prepare)
-        self._add("meterlib reserve, 1,000 tenants", "meterlib", 0, take_for_any)
+        self._add(f"meterlib reserve{MANY}", "meterlib", 0, take_for_any)
         self._add("meterlib reserve, denied", "meterlib", 0, be_denied, admits=False, prepare=prepare)
         self._add("meterlib reserve + settle", "meterlib", 0, take_and_settle, prepare=prepare)
 
@@ -211,6 +226,8 @@ class Lineup:
             self.runner.run(check_async(name, partial(make, blocking=False)))
             decide, notes = self._with_pool(tasks, make)
             self._add(name, library, tasks, partial(decide, "acme", TOKENS), notes=notes)
+            if tasks > 1:
+                self._add(name + MANY, library, tasks, for_any(decide), notes=notes)
 
     def _with_pool(self, tasks: int, make: Callable[..., Any]) -> tuple[Decide, list[str]]:
         """The library with its own pool; where that is too small for so many tasks, with a blocking one."""
@@ -236,7 +253,7 @@ class Lineup:
         sha = await client.script_load(NO_OP)
 
         async def no_op() -> bool:
-            return bool(await client.execute_command("EVALSHA", sha, 4, *NO_OP_KEYS) == [])
+            return bool(await client.execute_command("EVALSHA", sha, len(NO_OP_KEYS), *NO_OP_KEYS) == [])
 
         self._add("PING", "bare", tasks, client.ping, commands=("ping",), notes=notes)
         self._add("EVALSHA no-op", "bare", tasks, no_op, notes=notes)
@@ -254,8 +271,20 @@ class Lineup:
             await held.settle(Usage(input_tokens=1000, output_tokens=200))
             return True
 
+        async def take_of(tenant: str, tokens: int) -> bool:
+            await meter.reserve(tenant, ATTRIBUTES, Usage(input_tokens=tokens))
+            return True
+
+        async def take_and_settle_of(tenant: str, tokens: int) -> bool:
+            held = await meter.reserve(tenant, ATTRIBUTES, Usage(input_tokens=tokens))
+            await held.settle(Usage(input_tokens=1000, output_tokens=200))
+            return True
+
         self._add("meterlib reserve", "meterlib", tasks, take, prepare=prepare)
         self._add("meterlib reserve + settle", "meterlib", tasks, take_and_settle, prepare=prepare)
+        if tasks > 1:
+            self._add(f"meterlib reserve{MANY}", "meterlib", tasks, for_any(take_of))
+            self._add(f"meterlib reserve + settle{MANY}", "meterlib", tasks, for_any(take_and_settle_of))
 
     def _meterlib_async(self, quotas: Quotas) -> Decide:
         options = StoreOptions(prefix=next(self._prefixes))
@@ -334,8 +363,19 @@ class Lineup:
     def _reserve_words(self) -> list[Any]:
         """What a reserve sends behind its script's name."""
         context = Context(policy_of(AMPLE), StoreOptions(), None, "deny")
-        call = packed(("2/16", 0, 2, 24 * 3_600_000))
-        return [4, *NO_OP_KEYS, call, reserve_operation(context, "acme").packed()]
+        call = packed((layout(StoreOptions().shards), 0, 2, 24 * 3_600_000))
+        return [len(NO_OP_KEYS), *NO_OP_KEYS, call, reserve_operation(context, "acme").packed()]
+
+
+def in_turn() -> Iterator[str]:
+    """A thousand tenants, one after the other, and again."""
+    return cycle([f"tenant-{number}" for number in range(TENANTS)])
+
+
+def for_any(decide: Decide) -> Callable[[], Any]:
+    """The same decision, each time about the next tenant's call."""
+    tenants = in_turn()
+    return lambda: decide(next(tenants), TOKENS)
 
 
 TRIALS = (  # quotas, the tokens of the calls that follow each other, and which of them have to pass

@@ -80,11 +80,11 @@ def _turn(server: Any, contender: Contender, runner: asyncio.Runner, seconds: fl
     server.flushdb()
     if contender.prepare:
         contender.prepare()
-    _time(contender, runner, min(seconds, WARM_UP_SECONDS))
+    timed(contender, runner, min(seconds, WARM_UP_SECONDS))
     gc.collect()
     server.config_resetstat()
     cpu_us = _cpu_us(server)
-    took_ns, elapsed_s = _time(contender, runner, seconds)
+    took_ns, elapsed_s = timed(contender, runner, seconds)
     cpu_us = _cpu_us(server) - cpu_us
     stats = {name.removeprefix("cmdstat_"): stat for name, stat in server.info("commandstats").items()}
     own = [stats[command] for command in contender.commands if command in stats]
@@ -112,9 +112,10 @@ def _cpu_us(server: Any) -> float:
     return float((cpu[f"used_cpu_user{thread}"] + cpu[f"used_cpu_sys{thread}"]) * 1e6)
 
 
-def _time(contender: Contender, runner: asyncio.Runner, seconds: float) -> tuple[list[int], float]:
+def timed(contender: Contender, runner: asyncio.Runner, seconds: float) -> tuple[list[int], float]:
+    """How many ns each operation took, and how many seconds all of them."""
     if contender.tasks:
-        return runner.run(_time_async(contender, seconds))
+        return runner.run(timed_async(contender, seconds))
     return _time_sync(contender, seconds)
 
 
@@ -132,7 +133,8 @@ def _time_sync(contender: Contender, seconds: float) -> tuple[list[int], float]:
     return took_ns, (before_ns - began_ns) / 1e9
 
 
-async def _time_async(contender: Contender, seconds: float) -> tuple[list[int], float]:
+async def timed_async(contender: Contender, seconds: float) -> tuple[list[int], float]:
+    """As `timed`."""
     operation, admits, clock_ns = contender.operation, contender.admits, time.perf_counter_ns
     took_ns: list[int] = []
     began_ns = clock_ns()

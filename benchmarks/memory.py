@@ -1,12 +1,19 @@
-"""Memory: what tenants, reservations and ledger entries take on the server, and a window as requests fill it."""
+"""What tenants, reservations and ledger entries take on the server, and a window as requests fill it.
+
+`python -m benchmarks.memory`: with 100,000 tenants. What a million would take is ten times as much.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import redis
+from rich.table import Table
 
+from benchmarks.common import parser_of, server_of, show, table_of
 from benchmarks.contenders import AMPLE, ATTRIBUTES, PLENTY, TOKENS, fill_window, policy_of
 from meterlib import Meter, Usage
 from meterlib.core.policy import window_field
@@ -37,29 +44,67 @@ class WindowSize(NamedTuple):
     server_us: float | None
 
 
-def footprints(server: Any, url: str) -> list[Footprint]:
-    """Bytes per partition, reservation and entry, measured with 1,000 tenants that made one call each."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, and return 0."""
+    parser = parser_of("memory", __doc__)
+    parser.add_argument("--tenants", type=int, default=100_000, help="how many tenants make a call each (100,000)")
+    options = parser.parse_args(arguments)
+    tenants, fills = (2_000, (10, 1000)) if options.quick else (options.tenants, (10, 1000, 100_000))
+    with server_of(options.server) as url, closing(redis.Redis.from_url(url)) as server:
+        sizes, made = list(window_sizes(server, url, fills)), footprints(server, url, tenants)
+    show(windows_table(sizes), footprints_table(made, tenants))
+    return 0
+
+
+def windows_table(sizes: Sequence[WindowSize]) -> Table:
+    """Windows side by side, by how many requests are in them."""
+    fills = sorted({size.requests for size in sizes})
+    table = table_of("One limit's window of a minute, with so many requests in it", "bytes", *(f"{n:,}" for n in fills))
+    for limiter in dict.fromkeys(size.limiter for size in sizes):
+        own = {size.requests: size for size in sizes if size.limiter == limiter}
+        table.add_row(limiter, *(f"{own[fill].bytes_used:,}" for fill in fills))
+        if own[fills[0]].entries is not None:
+            table.add_row("  its sub-windows in use", *(str(own[fill].entries) for fill in fills))
+            table.add_row("  server µs of a reserve (two limits)", *(f"{own[fill].server_us:.1f}" for fill in fills))
+    return table
+
+
+def footprints_table(made: Sequence[Footprint], tenants: int) -> Table:
+    """What one of each takes, and how that compares with our limit of one partition."""
+    title = f"Bytes on the server, all overhead included; {tenants:,} tenants with a call each"
+    table = table_of(title, "one of", "bytes", "/ ours")
+    for footprint in made:
+        table.add_row(
+            footprint.what, f"{footprint.bytes_each:,.0f}", f"{footprint.bytes_each / made[0].bytes_each:.2f}"
+        )
+    return table
+
+
+def footprints(server: Any, url: str, tenants: int = TENANTS) -> list[Footprint]:
+    """Bytes per partition, reservation and entry, measured with so many tenants that made one call each."""
     server.flushdb()
     options = StoreOptions(prefix="bytes")
     found: list[Footprint] = []
     with Meter.connect(url, policy_of(AMPLE), options=options, clock=Clock(NOW_MS)) as meter:
-        held = [meter.reserve(f"tenant-{at}", ATTRIBUTES, Usage(input_tokens=TOKENS)) for at in range(TENANTS)]
-        states, leases, ended, ledgers = zip(*(shard_keys("bytes", at) for at in range(options.shards)), strict=True)
-        windows = _copied(server, states, "w/")
-        found.append(Footprint("meterlib: one limit of one partition (a window, one entry)", windows / TENANTS / 2))
+        held = [meter.reserve(f"tenant-{at}", ATTRIBUTES, Usage(input_tokens=TOKENS)) for at in range(tenants)]
+        keys = zip(*(shard_keys("bytes", at) for at in range(options.shards)), strict=True)
+        states, leases, ended, ledgers, ends = keys
+        windows = _copied(server, states, "w/") + _bytes(server, ends)
+        found.append(Footprint("meterlib: one limit of one partition (a window, one entry)", windows / tenants / 2))
+        found.append(Footprint("meterlib: an idle tenant with two limits", windows / tenants))
         records = _copied(server, states, "r/") + _bytes(server, leases)
-        found.append(Footprint("meterlib: an open reservation (record and lease)", records / TENANTS))
+        found.append(Footprint("meterlib: an open reservation (record and lease)", records / tenants))
         for reservation in held:
             reservation.settle(Usage(input_tokens=1000, output_tokens=200))
         records = _copied(server, states, "r/") + _bytes(server, ended)
-        found.append(Footprint("meterlib: the memory of an ended reservation (24 h)", records / TENANTS))
-        found.append(Footprint("meterlib: a ledger entry", _bytes(server, ledgers) / TENANTS))
+        found.append(Footprint("meterlib: the memory of an ended reservation (24 h)", records / tenants))
+        found.append(Footprint("meterlib: a ledger entry", _bytes(server, ledgers) / tenants))
     for name, make in (("limits", _limits_counter), ("throttled-py", _throttled_counter)):
         server.flushdb()
         hit = make(url)
-        for at in range(TENANTS):
+        for at in range(tenants):
             hit(f"tenant-{at}", 1)
-        found.append(Footprint(f"{name}: one limit of one partition (first minute)", _all_bytes(server) / TENANTS))
+        found.append(Footprint(f"{name}: one limit of one partition (first minute)", _all_bytes(server) / tenants))
     return found
 
 
@@ -146,3 +191,7 @@ def _bytes(server: Any, keys: Iterable[str | bytes]) -> int:
 
 def _all_bytes(server: redis.Redis) -> int:
     return _bytes(server, server.scan_iter(count=1000))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

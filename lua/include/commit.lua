@@ -5,11 +5,16 @@
 -- way, the next one finishes its work first, whichever operation it carries. Every key was read or written before, so
 -- none has a wrong type.
 
+local begun                             -- windows that are new, for the sweep to look at when they may be over
 for field, window in pairs(windows) do
   if window.changed then
-    local size = #words
-    words[size + 1], words[size + 2] = field, to_bytes(WINDOW, window.last_ms + window.span_ms, window.settled,
-      window.held, window.first_ms, window.last_ms, window.last_settled, window.last_held)
+    local size, ends_at = #words, window.last_ms + window.span_ms
+    words[size + 1], words[size + 2] = field, to_bytes(WINDOW, ends_at, window.settled, window.held, window.first_ms,
+      window.last_ms, window.last_settled, window.last_held)
+    if not state[field] then
+      begun = begun or {nil, nil}
+      begun[#begun + 1], begun[#begun + 2] = ends_at, field
+    end
     if window.new_log then words[size + 3], words[size + 4] = 'l' .. sub(field, 2), window.new_log end
   end
 end
@@ -22,6 +27,7 @@ if #words > 2 or following or set_back then
     words[#words + 1] = 'pending'
     words[#words + 1] = table.concat(lines, '\31\30') .. '\31'
   end
+  if begun then call('ZADD', windows_key, unpack(begun)) end  -- one that does not begin after all harms nobody there
   call('HSET', state_key, unpack(words))
   if following then
     for _, command in ipairs(following) do call(unpack(command)) end

@@ -27,7 +27,10 @@ local function window_at(field, span_ms)
   local window = windows[field]
   if window then return window end
   local text = state[field]
-  if text == nil then text = call('HGET', state_key, field) end
+  if text == nil then
+    text = call('HGET', state_key, field)
+    state[field] = text
+  end
   local _, settled, held, first_ms, last_ms, last_settled, last_held = 0, 0, 0, 0, 0, 0, 0
   if text then _, settled, held, first_ms, last_ms, last_settled, last_held = from_bytes(WINDOW, text) end
   if not (settled + held < 2 ^ 53) then error('a window that is none') end

@@ -192,11 +192,22 @@ class Find(NamedTuple):
 class Sweep(NamedTuple):
     """Expire, forget and drop a bounded piece."""
 
-    cursor: int
-    scan_count: int
+    window_count: int
 
     def packed(self) -> bytes:
         return packed(self)
 
 
-Operation = Reserve | Settle | Record | Cancel | Revise | Peek | Find | Sweep
+class Fork(NamedTuple):
+    """Begin another epoch of a ledger that lost what was exported from it."""
+
+    found_epoch: int
+    follows_epoch: int
+    follows_n: int
+    kept_n: int
+
+    def packed(self) -> bytes:
+        return packed(self)
+
+
+Operation = Reserve | Settle | Record | Cancel | Revise | Peek | Find | Sweep | Fork

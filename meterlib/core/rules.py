@@ -15,6 +15,7 @@ from meterlib.core.checks import AMOUNT_MAX
 from meterlib.core.operations import (
     Cancel,
     Find,
+    Fork,
     LimitArguments,
     Peek,
     Record,
@@ -56,6 +57,11 @@ class Window:
         while alive and alive[0].time_ms + span_ms <= now_ms:
             del alive[0]
         return Window(span_ms, alive)
+
+    @property
+    def ends_ms(self) -> int:
+        """When nothing counts any more if nobody adds to it."""
+        return self.span_ms + (self.entries[-1].time_ms if self.entries else 0)
 
     def describe(self) -> list[int]:
         """Settled, held, when something goes, when all is gone."""
@@ -125,10 +131,12 @@ class Shard:
     number: int = 0
     epoch: int = 0
     windows: dict[str, Window] = field(default_factory=dict)
+    ends: dict[str, int] = field(default_factory=dict)
     records: dict[str, Reservation | Ended] = field(default_factory=dict)
     leases: list[tuple[int, str]] = field(default_factory=list)
     ended: list[tuple[int, str]] = field(default_factory=list)
     ledger: list[dict[str, Any]] = field(default_factory=list)
+    fork: tuple[int, ...] = ()
 
 
 class LayoutMismatch(Exception):
@@ -282,7 +290,7 @@ class Work:
                 shard.records.pop(record_field, None)
             shard.ended.remove((ended_at_ms, record_field))
 
-    def commit(self, *, books: bool, dropped: bool = False) -> None:
+    def commit(self, *, books: bool, dropped: bool = False, forked: bool = False) -> None:
         """Write all that changed; `books`: this script ends reservations, `dropped`: it has dropped windows."""
         shard = self.shard
         if self.entries and shard.ledger and shard.ledger[-1]["n"] >= self.entries[0]["n"]:
@@ -292,11 +300,13 @@ class Work:
             self.forget()
         forgot = len(shard.ended) != before
         written = (self.changed_windows, self.records, self.entries, self.ended, self.released, self.leases)
-        if not (self.set_back or forgot or dropped or any(written)):
+        if not (self.set_back or forgot or dropped or forked or any(written)):
             return
         shard.layout, shard.clock_ms, shard.server_ms = self.layout, self.now_ms, self.server_ms
         shard.number, shard.epoch = self.number, self.epoch
         for window_field in self.changed_windows:
+            if window_field not in shard.windows:
+                shard.ends[window_field] = self.windows[window_field].ends_ms
             shard.windows[window_field] = self.windows[window_field]
         shard.records.update(self.records)
         shard.ledger += self.entries
@@ -510,23 +520,51 @@ def find(work: Work, operation: Find) -> Reply:
 
 
 def sweep(work: Work, operation: Sweep) -> Reply:
-    """Twin of `lua/sweep.lua`; it looks at all windows at once."""
+    """Twin of `lua/sweep.lua`."""
     expired = work.sweep(work.sweep_max)
-    windows = work.shard.windows
-    slid_out = [
-        name
-        for name, window in windows.items()
-        if name not in work.windows
-        and (not window.entries or window.entries[-1].time_ms + window.span_ms <= work.now_ms)
-    ]
-    for name in slid_out:
-        del windows[name]
-    work.commit(books=True, dropped=bool(slid_out))
-    overdue = sum(1 for lease in work.shard.leases if lease[0] <= work.now_ms)
-    return ["swept", work.now_ms, expired, overdue, len(slid_out), 0]
+    shard, dropped = work.shard, []
+    due = sorted((ends_ms, name) for name, ends_ms in shard.ends.items() if ends_ms <= work.now_ms)
+    for _, name in due[: operation.window_count]:
+        if shard.windows[name].ends_ms > work.now_ms:
+            shard.ends[name] = shard.windows[name].ends_ms
+        elif name not in work.windows:
+            dropped.append(name)
+    for name in dropped:
+        del shard.windows[name], shard.ends[name]
+    work.commit(books=True, dropped=bool(dropped))
+    overdue = sum(1 for lease in shard.leases if lease[0] <= work.now_ms)
+    still_due = sum(1 for ends_ms in shard.ends.values() if ends_ms <= work.now_ms)
+    return ["swept", work.now_ms, expired, overdue, len(dropped), still_due]
+
+
+def fork(work: Work, operation: Fork) -> Reply:
+    """Twin of `lua/fork.lua`."""
+    shard = work.shard
+    if shard.fork and shard.fork[:3] == (operation.follows_epoch, operation.follows_n, work.epoch):
+        work.commit(books=True)
+        return ["repeated", work.now_ms, *shard.fork[2:]]
+    if operation.found_epoch != (work.epoch if shard.layout else 0):
+        work.commit(books=True)
+        return ["changed", work.now_ms]
+    work.number = max(work.number, operation.follows_n, shard.ledger[-1]["n"] if shard.ledger else 0)
+    work.epoch = max(work.now_ms, work.epoch + 1, operation.follows_epoch + 1)
+    first, moved = work.number + 1, {}
+    for entry in shard.ledger:
+        if entry["n"] > operation.kept_n:
+            work.number += 1
+            moved[entry["n"]] = work.number
+            work.entries.append(entry | {"n": work.number, "epoch": work.epoch})
+    shard.fork = (operation.follows_epoch, operation.follows_n, work.epoch, first, len(moved))
+    work.commit(books=True, forked=True)
+    shard.ledger[:] = [entry for entry in shard.ledger if entry["n"] not in moved]
+    for record_field, record in shard.records.items():
+        if isinstance(record, Ended) and record.number in moved:
+            shard.records[record_field] = replace(record, number=moved[record.number])
+    return ["forked", work.now_ms, *shard.fork[2:]]
 
 
 _READ_ONLY: dict[str, Callable[[Work, Any], Reply]] = {"peek": peek, "find": find}
+_ALONE: dict[str, Callable[[Work, Any], Reply]] = {"sweep": sweep, "fork": fork}
 _WRITING: dict[str, Callable[[Work, Any], Reply]] = {
     "reserve": reserve,
     "settle": settle,
@@ -540,8 +578,8 @@ def run(name: str, work: Work, operations: Sequence[Any]) -> list[Reply]:
     """Run the script of this name on a batch of operations, as the server would."""
     if name in _READ_ONLY:
         return [_READ_ONLY[name](work, operation) for operation in operations]
-    if name == "sweep":
-        return [sweep(work, operation) for operation in operations]
+    if name in _ALONE:
+        return [_ALONE[name](work, operation) for operation in operations]
     swept = name != "reserve" or any(lease[0] <= work.now_ms for lease in work.shard.leases)
     if swept:
         work.sweep(work.sweep_max)

@@ -66,6 +66,21 @@ class ReadWindows(NamedTuple):
     tenant: str
 
 
+class KnownSinks(NamedTuple):
+    """Which sinks the store's ledgers are exported to, once `add` has become one and `drop` is none any more."""
+
+    add: str = ""
+    drop: str = ""
+
+
+class Forked(NamedTuple):
+    """Where a ledger was forked: epoch and number of the entry that its epoch follows, and the first number in that."""
+
+    follows_epoch: str
+    follows_n: int
+    first: int
+
+
 class ShardHead(NamedTuple):
     """A shard's own numbers.
 
@@ -80,8 +95,9 @@ class ShardHead(NamedTuple):
     ledger_last: int
     ledger_length: int
     open_reservations: int
+    forked: Forked | None = None
 
 
-Command: TypeAlias = Call | ReadLedger | TrimLedger | ReadHead | ReadOwners | ReadWindows
+Command: TypeAlias = Call | ReadLedger | TrimLedger | ReadHead | ReadOwners | ReadWindows | KnownSinks
 Flow: TypeAlias = Generator[Command, Any, T]
 """A verb written once: yields commands, is sent their answers (or has StoreErrors thrown in), returns its result."""

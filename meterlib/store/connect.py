@@ -169,7 +169,8 @@ def _cluster(url: str, options: StoreOptions, face: Face) -> Any:
     plain_url = url.replace("+cluster", "", 1)
     settings = _settings(options, face) | {"max_connections": options.connections_max}  # to each node
     if face == "async":
-        return RedisCluster.from_url(plain_url, **settings)
+        # A slot that has moved is noted, and that is enough: redis-py would hang up on all calls to look for all nodes.
+        return RedisCluster.from_url(plain_url, reinitialize_steps=0, **settings)
     return _Later(lambda: RedisCluster.from_url(plain_url, **settings))
 
 

@@ -12,6 +12,7 @@ from struct import Struct
 from typing import Any, Protocol, TypeVar
 
 import msgspec
+from redis.asyncio.cluster import RedisCluster as AsyncRedisCluster
 from redis.exceptions import NoScriptError
 
 from meterlib.core import rules
@@ -24,6 +25,8 @@ from meterlib.store.commands import (
     Call,
     Command,
     Flow,
+    Forked,
+    KnownSinks,
     ReadHead,
     ReadLedger,
     ReadOwners,
@@ -34,13 +37,14 @@ from meterlib.store.commands import (
 from meterlib.store.embedded import EmbeddedServer
 from meterlib.store.embedded_wait import wait_for, wait_for_async
 from meterlib.store.faults import FAILURES, Attempts, corrupt, out_of_reach
-from meterlib.store.keys import layout, layout_key, shard_keys
+from meterlib.store.keys import layout, layout_key, shard_keys, sinks_key
 from meterlib.store.pipelines import Pipeline
 from meterlib.store.scripts import Script, script
 
 T = TypeVar("T")
 READING = ("peek", "find")
 _HEAD = Struct(">4d").unpack_from
+_FORK = Struct(">5d").unpack_from
 _PREFIX = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 
 
@@ -160,10 +164,15 @@ class _Calls:
         owner = command.tenant.replace("*", "\\*")  # the rest of an encoded tenant means itself in a pattern
         return ("HSCAN", self._names[command.shard][0], cursor, "MATCH", f"w/{owner}/*", "COUNT", 1000)
 
+    def sinks_commands(self, command: KnownSinks) -> list[tuple[Value, ...]]:
+        key = sinks_key(self.options.prefix)
+        changes = [(verb, key, name) for verb, name in (("SADD", command.add), ("SREM", command.drop)) if name]
+        return [*changes, ("SMEMBERS", key)]
+
     def head_commands(self, shard: int) -> tuple[tuple[Value, ...], ...]:
-        state, leases, _, ledger = self._names[shard]
+        state, leases, _, ledger, _ = self._names[shard]
         return (
-            ("HGET", state, "head"),
+            ("HMGET", state, "head", "fork"),
             ("XRANGE", ledger, "-", "+", "COUNT", 1),
             ("XREVRANGE", ledger, "+", "-", "COUNT", 1),
             ("XLEN", ledger),
@@ -222,6 +231,8 @@ class SyncDriver:
                 windows.update(field.decode() for field in found)
                 if int(cursor) == 0:
                     return sorted(windows)
+        if isinstance(command, KnownSinks):
+            return names_of([self._retrying("sinks", *words) for words in self._calls.sinks_commands(command)][-1])
         return head_of(*[self._retrying("head", *words) for words in self._calls.head_commands(command.shard)])
 
     def lane_of(self, call: Call) -> Hashable:
@@ -360,8 +371,19 @@ class SyncDriver:
             if cause:
                 raise StoreUnavailable("reach", cause) from error
 
+    def follow(self) -> None:
+        """Turn to the primary that the sentinels name by now, if there are sentinels.
+
+        One that was replaced while it was well goes on answering for ten seconds, and all of that is lost.
+        """
+        named = _primary_named_to(self.client)
+        if named:
+            with suppress(*FAILURES):
+                named()
+
     def close(self) -> None:
-        self.client.close()
+        for client in (self.client, *_watchers_of(self.client)):
+            client.close()
 
 
 class AsyncDriver:
@@ -421,6 +443,9 @@ class AsyncDriver:
                 windows.update(field.decode() for field in found)
                 if int(cursor) == 0:
                     return sorted(windows)
+        if isinstance(command, KnownSinks):
+            found = [await self._retrying("sinks", *words) for words in self._calls.sinks_commands(command)]
+            return names_of(found[-1])
         return head_of(*[await self._retrying("head", *words) for words in self._calls.head_commands(command.shard)])
 
     def lane_of(self, call: Call) -> Hashable:
@@ -488,6 +513,8 @@ class AsyncDriver:
 
     async def _prepare(self, *, reads: bool) -> None:
         """What comes before the first call, and before the first that writes."""
+        if isinstance(self.client, AsyncRedisCluster):
+            await self._meet_nodes(self.client)
         if not self._layout_checked:
             await self._check_layout(reads=reads)
         if reads or not self._layout_checked or self._ready:
@@ -496,6 +523,16 @@ class AsyncDriver:
         if self._calls.real_time:
             with suppress(*FAILURES, TypeError):  # managed servers may forbid it, and stand-ins not know it
                 forgetful.tell(await self.client.execute_command("INFO"))
+
+    async def _meet_nodes(self, client: AsyncRedisCluster) -> None:
+        """Left to itself, a client that does not know its nodes yet sends what comes meanwhile to any of them."""
+        attempts = Attempts("nodes", self.options.deadline_ms)
+        while True:
+            try:
+                await client.initialize()
+                return
+            except FAILURES as error:
+                await self._pause(attempts, error)
 
     async def _check_layout(self, *, reads: bool = False) -> None:
         """Tenants are spread over shards by their number: nobody may use the store with another one.
@@ -526,8 +563,16 @@ class AsyncDriver:
             await wait_for_async(self.server, attempts.left_s())
         await asyncio.sleep(wait_s)
 
+    async def follow(self) -> None:
+        """See SyncDriver."""
+        named = _primary_named_to(self.client)
+        if named:
+            with suppress(*FAILURES):
+                await named()
+
     async def aclose(self) -> None:
-        await self.client.aclose()
+        for client in (self.client, *_watchers_of(self.client)):
+            await client.aclose()
 
 
 class MemoryStore:
@@ -536,6 +581,7 @@ class MemoryStore:
     def __init__(self, options: StoreOptions) -> None:
         self.options = options
         self.shards = [rules.Shard() for _ in range(options.shards)]
+        self.sinks: set[str] = set()
         self.lock = threading.Lock()
 
 
@@ -567,6 +613,11 @@ class MemoryDriver:
         if isinstance(command, Call):
             batch = Batch(command.script, command.shard, command.sweep_max, (command.operation,))
             return MemoryDriver.call(self, batch)[0]
+        if isinstance(command, KnownSinks):
+            with self.store.lock:
+                self.store.sinks |= {command.add}
+                self.store.sinks -= {command.drop, ""}
+                return sorted(self.store.sinks)
         shard = self.store.shards[command.shard]
         with self.store.lock:
             if isinstance(command, ReadHead):
@@ -579,6 +630,7 @@ class MemoryDriver:
                     numbers[-1],
                     len(shard.ledger),
                     len(shard.leases),
+                    forked_of(*shard.fork) if shard.fork else None,
                 )
             if isinstance(command, ReadOwners):
                 return [field for _, field in shard.leases if field.endswith(f"/{command.reservation_id}")]
@@ -603,6 +655,9 @@ class MemoryDriver:
                 raise StoreCorrupt(str(error)) from None
             return rules.run(name, work, operations)
 
+    def follow(self) -> None:
+        """There is but one store."""
+
     def close(self) -> None:
         """Nothing to close: the store is its owner's."""
 
@@ -616,8 +671,22 @@ class AsyncMemoryDriver(MemoryDriver):
     async def call(self, batch: Batch) -> list[Reply]:  # type: ignore[override]
         return MemoryDriver.call(self, batch)
 
+    async def follow(self) -> None:  # type: ignore[override]
+        """There is but one store."""
+
     async def aclose(self) -> None:
         """Nothing to close: the store is its owner's."""
+
+
+def _primary_named_to(client: Any) -> Any:
+    """What asks the sentinels of a client for the primary, and drops its connections to another one."""
+    return getattr(getattr(client, "connection_pool", None), "get_master_address", None)
+
+
+def _watchers_of(client: Any) -> Sequence[Any]:
+    """The clients by which one asks its sentinels, if it does; nobody else closes them."""
+    pool = getattr(client, "connection_pool", None)
+    return getattr(getattr(pool, "sentinel_manager", None), "sentinels", ())
 
 
 def answered(flow: Flow[T], command: Command, answer: Any) -> Command:
@@ -642,11 +711,24 @@ def entries_of(page: Any) -> list[tuple[int, dict[bytes, bytes]]]:
     return [(int(stream_id.partition(b"-")[0]), fields) for stream_id, fields in page or ()]
 
 
-def head_of(head: bytes | None, first: Any, last: Any, length: int, open_reservations: int) -> ShardHead:
+def names_of(members: Any) -> list[str]:
+    """The names of a set, in order."""
+    return sorted(bytes(member).decode() for member in members or ())
+
+
+def head_of(state: Sequence[bytes | None], first: Any, last: Any, length: int, open_reservations: int) -> ShardHead:
     """A shard's own numbers, from the answers to `head_commands`."""
-    epoch, clock_ms, number = "", 0, 0
+    head, fork = state
+    epoch, clock_ms, number, forked = "", 0, 0, None
     if head:
         clock_ms, _, number, epoch_ms = (int(value) for value in _HEAD(head))
         epoch = f"{epoch_ms:013d}"
     first_n, last_n = (int(page[0][0].partition(b"-")[0]) if page else 0 for page in (first, last))
-    return ShardHead(epoch, clock_ms, number, first_n, last_n, length, open_reservations)
+    if fork:
+        forked = forked_of(*[int(value) for value in _FORK(fork)])
+    return ShardHead(epoch, clock_ms, number, first_n, last_n, length, open_reservations, forked)
+
+
+def forked_of(follows_epoch: int, follows_n: int, epoch: int, first: int, moved: int) -> Forked:
+    """Where a ledger was forked, from what its shard remembers of it."""
+    return Forked(f"{follows_epoch:013d}", follows_n, first)

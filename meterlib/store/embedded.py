@@ -65,6 +65,10 @@ HANDOVER_SECONDS = 20.0
 LOG_BYTES = 1 << 20
 """A log larger than this is put aside when a server starts."""
 
+FIRST_PAUSE_SECONDS = 0.1
+LONGEST_PAUSE_SECONDS = 5.0
+"""How long calls leave a server alone that could not be started: after each failure twice as long, up to this."""
+
 _SOCKET_BYTES = 100
 _PROBE_SECONDS = 1.0
 _POLL_SECONDS = 0.005
@@ -135,7 +139,9 @@ class EmbeddedServer:
         self._sizes_before: dict[str, int] = {}
         self._has_served = False
         self._is_loading = False
-        self._failure_told = False
+        self._why_not: BaseException | None = None
+        self._pause_s = 0.0
+        self._pause_ends_s = 0.0
         self._make_locks()
         with _no_fork:
             _servers.add(self)
@@ -196,13 +202,22 @@ class EmbeddedServer:
         try:
             self.ensure()
         except BaseException as error:
-            if not self._failure_told and not self._give_up.is_set():
-                log().error("store.embedded_failed", error=str(error))
-            self._failure_told = True
+            if not self._give_up.is_set():
+                self._failed(error)
             found.set_exception(error)
         else:
-            self._failure_told = False
+            self._why_not, self._pause_s = None, 0.0
             found.set_result(None)
+
+    def _failed(self, error: BaseException) -> None:
+        if self._why_not is None:
+            log.error("store.embedded_failed", error=str(error))
+        self._pause_s = min(LONGEST_PAUSE_SECONDS, max(FIRST_PAUSE_SECONDS, 2 * self._pause_s))
+        self._why_not, self._pause_ends_s = error, time.monotonic() + self._pause_s
+
+    def rest(self) -> tuple[float, BaseException | None]:
+        """How many seconds to leave it alone, since it could not be started, and why not; 0 if it may be tried."""
+        return max(0.0, self._pause_ends_s - time.monotonic()) if self._why_not else 0.0, self._why_not
 
     @property
     def coming(self) -> bool:
@@ -399,7 +414,7 @@ class EmbeddedServer:
         for name, offset in _CUT_OFF.findall(_added_to(self._log_path, self._log_start)):
             name = Path(name).name
             lost = self._sizes_before.get(name, int(offset)) - int(offset)
-            log().error(
+            log.error(
                 "store.data_cut_off",
                 file=str(self.folder / "appendonlydir" / name),
                 bytes_lost=lost or "unknown",

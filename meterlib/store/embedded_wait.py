@@ -1,12 +1,14 @@
 """How long a call waits for an embedded server: as long as the call has, and then the store is unavailable.
 
 A server that never served us yet, and is about to, is waited for however little time the call has: nobody can tell how
-long a ledger takes to load, and to give up would stop it again and again.
+long a ledger takes to load, and to give up would stop it again and again. One that could not be started is left alone
+for a while: who has the time waits for the next start, one for all, and who has not is told of the last one.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from concurrent.futures import Future
 from copy import copy
 
@@ -22,7 +24,9 @@ def wait_for(server: EmbeddedServer, seconds: float) -> None:
     Raises:
         EmbeddedError: it does not within the time, or it cannot be started.
     """
-    found, left = server.ensuring(), seconds
+    pause_s = _pause_s(server, seconds)
+    time.sleep(pause_s)
+    found, left = server.ensuring(), seconds - pause_s
     while True:
         try:
             found.exception(left)
@@ -35,7 +39,9 @@ def wait_for(server: EmbeddedServer, seconds: float) -> None:
 
 async def wait_for_async(server: EmbeddedServer, seconds: float) -> None:
     """`wait_for`, awaited; a caller that is cancelled disturbs nobody else who waits."""
-    found, left = server.ensuring(), seconds
+    pause_s = _pause_s(server, seconds)
+    await asyncio.sleep(pause_s)
+    found, left = server.ensuring(), seconds - pause_s
     awaited = asyncio.wrap_future(found)
     try:
         while not (await asyncio.wait((awaited,), timeout=left))[0]:
@@ -46,6 +52,13 @@ async def wait_for_async(server: EmbeddedServer, seconds: float) -> None:
         if not awaited.cancel():
             awaited.exception()
     _checked(found)
+
+
+def _pause_s(server: EmbeddedServer, seconds: float) -> float:
+    pause_s, failure = server.rest()
+    if failure is not None and pause_s >= seconds:
+        raise copy(failure)
+    return pause_s
 
 
 def _checked(found: Future[None]) -> None:

@@ -22,7 +22,9 @@ _REFUSALS = {
 }
 SERVERS = "Redis 7.0 or newer, or Valkey,"
 _CLUSTER = "it is a node of a cluster: write redis+cluster:// in place of redis://, or give a RedisCluster client"
-FAILURES = (exceptions.RedisError, exceptions.RedisClusterException, OSError)
+FAILURES = (exceptions.RedisError, exceptions.RedisClusterException, OSError, AttributeError)
+"""What redis-py raises, and what it stumbles over when its cluster client hangs up on calls that are on their way."""
+
 FIRST_WAIT_S = 0.005
 LONGEST_WAIT_S = 0.25
 

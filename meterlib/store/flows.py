@@ -39,6 +39,7 @@ from meterlib.core.ledger import (
 from meterlib.core.operations import (
     Cancel,
     Find,
+    Fork,
     LimitArguments,
     Peek,
     PeekLimit,
@@ -68,9 +69,20 @@ from meterlib.errors import (
     ReservationEnded,
     ReservationNotFound,
     StoreOverloaded,
+    StoreRefused,
     StoreUnavailable,
 )
-from meterlib.store.commands import Call, Flow, ReadHead, ReadLedger, ReadOwners, ReadWindows, ShardHead, TrimLedger
+from meterlib.store.commands import (
+    Call,
+    Flow,
+    KnownSinks,
+    ReadHead,
+    ReadLedger,
+    ReadOwners,
+    ReadWindows,
+    ShardHead,
+    TrimLedger,
+)
 from meterlib.store.drivers import Clock, StoreOptions
 from meterlib.store.keys import shard_of
 
@@ -79,6 +91,14 @@ CALLERS_MAX = 20_000
 """Callers may invent attributes without end; to make one ready again costs little, to keep them all does not."""
 
 SWEEP_PIECE = 100
+"""How many overdue reservations one script call of a sweep ends; small enough that no reserve waits long behind it."""
+
+WINDOWS_PIECE = 200
+"""How many windows it looks at."""
+
+PIECES_MAX = 200
+"""How many such calls the background sweep makes on a shard before it turns to the next one."""
+
 TRIM_PIECE = 5_000
 _STALE_TRIES = 4
 FUNDINGS = ("hosted", "own")
@@ -130,6 +150,14 @@ class Swept(msgspec.Struct, kw_only=True):
     expired: int = 0
     windows_dropped: int = 0
     overdue: int = 0
+
+
+class NewEpoch(msgspec.Struct, frozen=True, kw_only=True):
+    """What a ledger goes on with: the epoch, the first number in it, and how many entries were moved there."""
+
+    epoch: str
+    first: int
+    moved: int
 
 
 class Partition(msgspec.Struct, frozen=True, kw_only=True):
@@ -382,6 +410,8 @@ def _refuse_foreign(context: Context, tenant: str, reservation_id: str) -> Flow[
     """Usage of a reservation nobody knows is booked; but not where the id is open for another tenant, by mistake.
 
     Tenants live in different shards, so this asks each of them: only ever for a settle whose reservation is not found.
+    Only what is open is looked through. What has ended stays known for a day, by tenant and then id: to find an id of
+    any tenant there, millions of records would have to be read, in the tenant's own shard as in the others.
     """
     for shard in range(context.options.shards):
         owners: Sequence[str] = yield ReadOwners(shard, reservation_id)
@@ -482,6 +512,7 @@ def adjust(
     if actor:
         check_text(actor, "actor", 128)
     _check_difference(difference, "difference", _DIFFERENCE)
+    difference = _own_difference(difference)
     taken_id = new_id() if adjust_id is None else check_id(adjust_id, "adjust_id")
     outcome = Outcome(
         usage=difference,
@@ -596,23 +627,26 @@ def _partition_attributes(limit: Limit | None, values: Sequence[str]) -> tuple[t
     return tuple((name, unquote(value)) for name, value in zip(limit.per, values, strict=True) if value)
 
 
-def sweep(context: Context, scan_count: int = 500) -> Flow[Swept]:
+def sweep(context: Context) -> Flow[Swept]:
     """Expire all that is overdue, forget what ended long ago, drop windows that have slid out, in every shard."""
     swept = Swept()
     for shard in range(context.options.shards):
-        cursor, overdue = 0, 1
-        while cursor or overdue:
-            reply: Reply = yield Call("sweep", shard, Sweep(cursor, scan_count), SWEEP_PIECE)
-            overdue, cursor = int(reply[3]), int(reply[5])
-            swept.expired += int(reply[2])
-            swept.windows_dropped += int(reply[4])
+        there = yield from sweep_shard(shard)
+        swept.expired += there.expired
+        swept.windows_dropped += there.windows_dropped
     return swept
 
 
-def sweep_piece(context: Context, shard: int, cursor: int, scan_count: int = 200) -> Flow[int]:
-    """One bounded piece of a shard's sweep; returns where the next one goes on."""
-    reply: Reply = yield Call("sweep", shard, Sweep(cursor, scan_count), SWEEP_PIECE)
-    return int(reply[5])
+def sweep_shard(shard: int, pieces_max: int | None = None) -> Flow[Swept]:
+    """The sweep of one shard, a piece at a time, until nothing is due or so many pieces are done."""
+    swept, pieces, due = Swept(), 0, 1
+    while due and pieces != pieces_max:
+        reply: Reply = yield Call("sweep", shard, Sweep(WINDOWS_PIECE), SWEEP_PIECE)
+        swept.expired += int(reply[2])
+        swept.overdue = int(reply[3])
+        swept.windows_dropped += int(reply[4])
+        due, pieces = swept.overdue + int(reply[5]), pieces + 1
+    return swept
 
 
 def read_ledger(shard: int, after: int, count: int) -> Flow[list[LedgerEntry]]:
@@ -640,6 +674,27 @@ def trim_ledger(shard: int, below: int) -> Flow[int]:
     for end in range(head.ledger_first + TRIM_PIECE, below + TRIM_PIECE, TRIM_PIECE):
         removed += yield TrimLedger(shard, min(end, below))
     return removed
+
+
+def known_sinks(add: str = "", drop: str = "") -> Flow[list[str]]:
+    """The names of the sinks that the ledgers are exported to, once one was added, or dropped."""
+    names: list[str] = yield KnownSinks(add, drop)
+    return names
+
+
+def fork(shard: int, found_epoch: str, follows_epoch: str, follows_n: int, kept_n: int) -> Flow[NewEpoch]:
+    """Begin another epoch of a ledger that lost what was exported from it; see `lua/fork.lua`.
+
+    Raises:
+        StoreRefused: the ledger is of another epoch than was found; nothing was written.
+    """
+    check_count(follows_n, "follows_n", AMOUNT_MAX)
+    check_count(kept_n, "kept_n", AMOUNT_MAX, least=0)
+    operation = Fork(int(found_epoch or 0), int(follows_epoch), follows_n, kept_n)
+    reply: Reply = yield Call("fork", shard, operation)
+    if _status(reply) == "changed":
+        raise StoreRefused("fork", "somebody else has begun another epoch since it was looked at")
+    return NewEpoch(epoch=f"{int(reply[2]):013d}", first=int(reply[3]), moved=int(reply[4]))
 
 
 def read_head(shard: int) -> Flow[ShardHead]:
@@ -705,6 +760,11 @@ def _check_difference(difference: object, field: str, allowed: object) -> None:
             _check_difference(value, f"{field}.{name}", inner)
         elif type(value) is not int or abs(value) > AMOUNT_MAX:
             raise InvalidInput(f"{field}.{name}", f"a whole number within 2^53 is needed, not {shown(value)}")
+
+
+def _own_difference(difference: Mapping[str, object]) -> dict[str, object]:
+    """A copy, to the innermost number: what the caller does to its own later changes no entry in hand."""
+    return {name: _own_difference(value) if isinstance(value, Mapping) else value for name, value in difference.items()}
 
 
 def _stale(context: Context, reply: Reply) -> bool:

@@ -20,14 +20,14 @@ def tell(told: object) -> None:
 def _tell(facts: Mapping[str, Any]) -> None:
     policy, durable = facts.get("maxmemory_policy", "noeviction"), facts.get("aof_enabled", 1)
     if policy != "noeviction":
-        log().warning(
+        log.warning(
             "store.may_evict",
             policy=policy,
             meaning="when memory is short, the server deletes limits and ledger entries",
             advice="set maxmemory-policy noeviction",
         )
     if not durable:
-        log().warning(
+        log.warning(
             "store.not_durable",
             meaning="the server has no append-only file: a restart loses what came after its last snapshot, if any",
             advice="set appendonly yes and appendfsync everysec (or always)",

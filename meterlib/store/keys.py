@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from zlib import crc32
 
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 
 
 def shard_of(tenant: str, shards: int) -> int:
@@ -26,7 +26,12 @@ def layout_key(prefix: str) -> str:
     return f"{prefix}:layout"
 
 
-def shard_keys(prefix: str, shard: int) -> tuple[str, str, str, str]:
-    """State, leases, ended reservations and ledger of a shard, in the scripts' order."""
+def sinks_key(prefix: str) -> str:
+    """The key that remembers which sinks the ledgers are exported to: what one of them lacks must not be trimmed."""
+    return f"{prefix}:sinks"
+
+
+def shard_keys(prefix: str, shard: int) -> tuple[str, str, str, str, str]:
+    """State, leases, ended reservations, ledger and the windows' ends of a shard, in the scripts' order."""
     tag = f"{prefix}:{{{shard}}}"
-    return f"{tag}:state", f"{tag}:leases", f"{tag}:ended", f"{tag}:ledger"
+    return f"{tag}:state", f"{tag}:leases", f"{tag}:ended", f"{tag}:ledger", f"{tag}:windows"

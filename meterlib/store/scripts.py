@@ -13,7 +13,7 @@ from meterlib.core import operations
 from meterlib.core.operations import LimitArguments, PeekLimit, Reserve
 
 CALL_ARGUMENTS = ("layout", "test_now_ms", "sweep_max", "retention_ms")
-KEYS = ("state_key", "leases_key", "ended_key", "ledger_key")
+KEYS = ("state_key", "leases_key", "ended_key", "ledger_key", "windows_key")
 
 _INCLUDE = re.compile(r"^[ ]*-- @include (\w+)\n", re.MULTILINE)
 _FLAGS = re.compile(r"^-- flags: ([a-z, -]+)$", re.MULTILINE)

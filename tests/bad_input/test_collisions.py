@@ -113,7 +113,7 @@ def test_any_text_is_refused_or_stays_in_one_slot(tenant: Any, value: Any, reser
     assert fits == face.accepts("reserve", tenant, attributes, Usage(), reservation_id=reservation_id)
 
     if fits:
-        assert 4 == len(face.wire.script_keys)
+        assert 5 == len(face.wire.script_keys)
         assert 1 == len({key_slot(key) for key in face.wire.script_keys})
 
 

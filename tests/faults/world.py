@@ -35,8 +35,8 @@ POLICY = Policy(
         Limit(name="open", quota=20, open=True),
     )
 )
-STATE, LEASES, ENDED, LEDGER = shard_keys(OPTIONS.prefix, 0)
-KEYS = (STATE, LEASES, ENDED, LEDGER, layout_key(OPTIONS.prefix))
+STATE, LEASES, ENDED, LEDGER, WINDOWS = shard_keys(OPTIONS.prefix, 0)
+KEYS = (STATE, LEASES, ENDED, LEDGER, WINDOWS, layout_key(OPTIONS.prefix))
 
 
 def build(meter: Meter, clock: Clock) -> None:
@@ -93,7 +93,7 @@ VERBS = (
             next(meter.ledger(0)), {"input_tokens": -3}, "a mistake of ours", adjust_id="adjusted"
         ),
     ),
-    Verb("sweep", lambda meter: [meter.sweep().overdue for _ in range(2)]),  # the second drops what the first looked at
+    Verb("sweep", lambda meter: meter.sweep().overdue),
 )
 
 
@@ -143,8 +143,11 @@ def contents(client: redis.Redis) -> dict[str, object]:
     state = ask(client, "HGETALL", STATE)
     assert b"pending" not in state
     assert set(ask(client, "KEYS", "*")) <= {key.encode() for key in KEYS}
+    ends = ask(client, "ZRANGE", WINDOWS, 0, -1)
+    assert {field for field in state if field.startswith(b"w/")} <= set(ends)
     return {
         "state": state,
+        "ends": ends,
         "open": ask(client, "ZRANGE", LEASES, 0, -1, "WITHSCORES"),
         "ended": set(ask(client, "LRANGE", ENDED, 0, -1)),
         "ledger": ask(client, "XRANGE", LEDGER, "-", "+"),

@@ -21,6 +21,7 @@ from meterlib import (
     Usage,
     UsageError,
 )
+from meterlib.local import TRIES_MAX
 from meterlib.testing import Clock
 
 WINDOW_MS = 6_000
@@ -245,6 +246,57 @@ def test_what_is_left_below_a_slice_is_admitted_call_by_call() -> None:
                 await lease.admit(input_tokens=1)
             with pytest.raises(QuotaExceeded):
                 await lease.admit(input_tokens=1)
+
+    run(use)
+
+
+@pytest.mark.parametrize("answers_late_ms", [100, 5_000])
+def test_slices_that_are_over_before_they_come_are_not_taken_for_ever(
+    monkeypatch: pytest.MonkeyPatch, answers_late_ms: int
+) -> None:
+    """Gateway: a store that answers too slowly for slices is an error after so many, and nothing stays held."""
+
+    async def use(meter: AsyncMeter, clock: Clock) -> None:
+        reserve, taken = meter.reserve, []
+
+        async def late(*arguments: Any, **named: Any) -> Any:
+            held = await reserve(*arguments, **named)
+            clock.advance(ms=answers_late_ms)
+            taken.append(held.id)
+            return held
+
+        monkeypatch.setattr(meter, "reserve", late)
+        async with meter.local("acme", None, SLICE) as lease:
+            with pytest.raises(StoreUnavailable, match="longer to answer than a slice lasts"):
+                await lease.admit()
+
+        assert TRIES_MAX == len(taken)
+        assert [0, 0] == [state.used for state in await meter.peek("acme")]
+        assert {"cancelled"} == {entry.kind for entry in await ledger_of(meter)}
+
+    run(use)
+
+
+def test_a_task_that_comes_late_to_every_slice_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gateway: others may empty each slice first; the one left over is told, and does not wait without end."""
+
+    async def use(meter: AsyncMeter, clock: Clock) -> None:
+        async with meter.local("acme", None, SLICE) as lease:
+            refilled = lease._refilled
+            emptied: list[None] = []
+
+            def empty(task: asyncio.Task[None]) -> None:
+                refilled(task)
+                while lease.take():
+                    emptied.append(None)
+                clock.advance(ms=WINDOW_MS + 100)
+
+            monkeypatch.setattr(lease, "_refilled", empty)
+            with pytest.raises(StoreUnavailable):
+                await lease.admit()
+            monkeypatch.undo()
+
+        assert TRIES_MAX * (SLICE.requests or 0) == len(emptied)
 
     run(use)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import pytest
+from fakeredis import FakeAsyncRedis, FakeServer
 
 from meterlib import AsyncMeter, Limit, Meter, Policy, StoreOptions, Usage
 from meterlib.store.journal import Journal
@@ -87,6 +88,39 @@ def test_an_entry_keeps_the_attributes_it_was_booked_with() -> None:
 
     assert [{"model": "haiku"}] * 2 == [entry.attributes, late.attributes]
     assert [{"request_id": "req_1"}] * 2 == [entry.facts, late.facts]
+
+
+def test_an_adjustment_keeps_the_difference_it_was_booked_with() -> None:
+    """Finance: an entry in hand says what the ledger says, the innermost number included."""
+    meter = MemoryMeter(POLICY)
+    inner, amounts = {"web_search_requests": -1}, {"pages": 3}
+    difference = {"input_tokens": -3, "server_tool_use": inner, "amounts": amounts}
+    recorded = meter.record("acme", {}, Usage(input_tokens=7, amounts=amounts))
+    adjusted = meter.adjust(recorded, difference, "counted twice")
+    difference["input_tokens"] = inner["web_search_requests"] = amounts["pages"] = 99
+
+    booked = [entry.usage for shard in range(meter.shards) for entry in meter.ledger(shard)]
+    assert booked == [recorded.usage, adjusted.usage]
+    assert {"input_tokens": -3, "server_tool_use": {"web_search_requests": -1}, "amounts": {"pages": 3}} == booked[1]
+
+
+def test_an_adjustment_under_way_is_not_changed_any_more() -> None:
+    """Finance: a task that corrects entry after entry may use one dict for all."""
+    server = FakeServer()
+
+    async def adjust() -> list[object]:
+        async with FakeAsyncRedis(server=server) as client:
+            meter = AsyncMeter(client, POLICY, clock=Clock())
+            recorded = await meter.record("acme", {}, Usage(input_tokens=7))
+            inner = {"web_search_requests": -1}
+            task = asyncio.create_task(meter.adjust(recorded, {"server_tool_use": inner}, "counted twice"))
+            await asyncio.sleep(0)  # it begins
+            inner["web_search_requests"] = 99
+            entry = await task
+            stored = [own async for own in meter.ledger(entry.shard)]
+            return [entry.usage, stored[-1].usage]
+
+    assert [{"server_tool_use": {"web_search_requests": -1}}] * 2 == asyncio.run(adjust())
 
 
 @pytest.mark.parametrize("kind", [dict, MappingProxyType])

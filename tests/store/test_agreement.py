@@ -23,6 +23,7 @@ from meterlib.core import rules
 from meterlib.core.operations import (
     Cancel,
     Find,
+    Fork,
     LimitArguments,
     Peek,
     PeekLimit,
@@ -111,6 +112,8 @@ class Histories(RuleBasedStateMachine):
         self.ids = 0
         self.sweep_max = 2
         self.last: tuple[str, Any, list[Any]] | None = None
+        self.numbers: list[int] = []
+        self.forked: Fork | None = None
 
     def teardown(self) -> None:
         for driver in self.scripts:
@@ -127,6 +130,9 @@ class Histories(RuleBasedStateMachine):
         assert self.shard.clock_ms >= self.now_ms, "time went back"
 
         self.now_ms = self.shard.clock_ms
+        if name != "fork":
+            before = self.shard.number - (len(self.shard.ledger) - seen)
+            self.numbers += range(before + 1, self.shard.number + 1)
         for entry in self.shard.ledger[seen:]:
             if entry["kind"] == "expired":
                 self.judge.expired(f"r/{plain(entry['call'])}/{entry['id']}", entry["booked_at"])
@@ -142,6 +148,7 @@ class Histories(RuleBasedStateMachine):
         return plain([
             client.hgetall("t:{0}:state"), client.zrange("t:{0}:leases", 0, -1, withscores=True),
             client.lrange("t:{0}:ended", 0, -1), client.xrange("t:{0}:ledger"),
+            client.zrange("t:{0}:windows", 0, -1, withscores=True),
         ])  # fmt: skip
 
     def some_id(self, data: st.DataObject, *statuses: str) -> str:
@@ -294,11 +301,11 @@ class Histories(RuleBasedStateMachine):
         if reply[0] == "recorded":
             self.judge.charged(field, kind, pairs, reply[1])
 
-    @rule(sweep_max=st.sampled_from([1, 2]))
-    def sweep(self, sweep_max: int) -> None:
-        """A background sweep; calls clear one or two overdue reservations in passing from then on."""
+    @rule(sweep_max=st.sampled_from([1, 2]), window_count=st.sampled_from([1, 2, 100]))
+    def sweep(self, sweep_max: int, window_count: int) -> None:
+        """A piece of a background sweep; calls clear one or two overdue reservations in passing from then on."""
         self.sweep_max = sweep_max
-        self.call("sweep", [Sweep(0, 10_000)], 100)
+        self.call("sweep", [Sweep(window_count)], 100)
 
     @rule()
     def repeat(self) -> None:
@@ -310,6 +317,33 @@ class Histories(RuleBasedStateMachine):
 
             assert again[0] == "repeated"
             assert answer[told] == again[told]
+
+    @rule(kept=st.integers(0, 4), ahead=st.integers(0, 3), later=st.sampled_from([False, False, True]))
+    def fork(self, kept: int, ahead: int, later: bool) -> None:
+        """The ledger lost its last entries, and was exported further than it is now; more than once, perhaps."""
+        if not self.shard.layout:
+            return
+        before = self.shard.number
+        kept_n = max(0, before - kept)
+        follows_epoch = self.shard.epoch + 5_000_000 * later
+        operation = Fork(self.shard.epoch, follows_epoch, max(1, before + ahead), kept_n)
+        moving = [number for number in self.numbers if number > kept_n]
+        status, _, epoch, first, moved = self.call("fork", [operation])[0]
+
+        assert ("forked", len(moving)) == (status, moved)
+        assert first > max(before, operation.follows_n)
+        assert epoch > follows_epoch
+        self.numbers = [number for number in self.numbers if number <= kept_n] + [*range(first, first + moved)]
+        self.forked, self.last = operation, None
+
+    @precondition(lambda self: self.forked is not None)
+    @rule(other=st.booleans())
+    def fork_again(self, other: bool) -> None:
+        """The same call again is told the same; one by whom another epoch was looked at changes nothing."""
+        assert self.forked is not None
+
+        operation = self.forked._replace(follows_n=self.forked.follows_n + 1) if other else self.forked
+        assert ("changed" if other else "repeated") == self.call("fork", [operation])[0][0]
 
     # time, and what servers do
 
@@ -371,7 +405,7 @@ class Histories(RuleBasedStateMachine):
         for driver in self.scripts:
             assert ledger == plain(driver.execute(ReadLedger(0, 0, 10_000)))
             assert head == driver.execute(ReadHead(0))
-        assert [number for number, _ in ledger] == list(range(1, len(ledger) + 1))
+        assert self.numbers == [number for number, _ in ledger]
         kinds = [(fields["kind"], f"r/{fields['call']}/{fields['id']}") for _, fields in ledger]
         assert sorted(kinds) == sorted(self.judge.entries)
 
@@ -382,6 +416,8 @@ class Histories(RuleBasedStateMachine):
 
         assert fake == self.dump(self.real)
         assert "pending" not in fake[0]
+        assert dict(fake[4]) == self.shard.ends
+        assert {field for field in fake[0] if field.startswith("w/")} == set(self.shard.ends)
 
     @invariant()
     def the_head_knows_when_something_is_due(self) -> None:

@@ -71,6 +71,25 @@ def one_of_each(meter: Meter) -> list[LedgerEntry]:
     return [entry for shard in range(meter.shards) for entry in meter.ledger(shard)]
 
 
+async def one_of_each_async(meter: AsyncMeter) -> list[LedgerEntry]:
+    """Every verb once, awaited; returns the tenant's ledger."""
+    first = await meter.reserve("acme", CALL, Usage(input_tokens=100), reservation_id="one")
+    await first.settle(Usage(input_tokens=90))
+    second = await meter.reserve("acme", CALL, Usage(input_tokens=100), reservation_id="two")
+    await second.revise(Usage(input_tokens=120))
+    await second.renew()
+    await second.cancel()
+    recorded = await meter.record("acme", CALL, Usage(input_tokens=7), record_id="three")
+    await meter.adjust(recorded, {"input_tokens": -3}, "counted twice", adjust_id="four")
+    await meter.sweep()
+    limits = {limit.name: limit.used for limit in await meter.peek("acme", CALL)}
+
+    assert {"requests": 2, "input_tokens": 97} == limits
+    assert "settled" == (await meter.find("acme", "one")).status
+
+    return [entry for shard in range(meter.shards) async for entry in meter.ledger(shard)]
+
+
 KINDS = [("one", "settled"), ("two", "cancelled"), ("three", "recorded"), ("four", "adjusted")]
 
 
@@ -106,20 +125,7 @@ def test_every_verb_works_on_any_async_client(server: Server, kind: str) -> None
 
     async def verbs() -> list[LedgerEntry]:
         async with ASYNC[kind](server) as client, AsyncMeter(client, POLICY) as meter:
-            first = await meter.reserve("acme", CALL, Usage(input_tokens=100), reservation_id="one")
-            await first.settle(Usage(input_tokens=90))
-            second = await meter.reserve("acme", CALL, Usage(input_tokens=100), reservation_id="two")
-            await second.revise(Usage(input_tokens=120))
-            await second.renew()
-            await second.cancel()
-            recorded = await meter.record("acme", CALL, Usage(input_tokens=7), record_id="three")
-            await meter.adjust(recorded, {"input_tokens": -3}, "counted twice", adjust_id="four")
-            await meter.sweep()
-            limits = {limit.name: limit.used for limit in await meter.peek("acme", CALL)}
-
-            assert {"requests": 2, "input_tokens": 97} == limits
-
-            return [entry for shard in range(meter.shards) async for entry in meter.ledger(shard)]
+            return await one_of_each_async(meter)
 
     entries = asyncio.run(verbs())
 

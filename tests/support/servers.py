@@ -124,12 +124,22 @@ def _faketime_library() -> Path | None:
 class Server:
     """One running server and its folder; a context manager that leaves neither process nor socket behind."""
 
-    def __init__(self, folder: Path, kind: str, settings: dict[str, str], *, cluster: bool, clock: FrozenClock | None):
+    def __init__(
+        self,
+        folder: Path,
+        kind: str,
+        settings: dict[str, str],
+        *,
+        cluster: bool,
+        clock: FrozenClock | None,
+        sentinel: bool = False,
+    ):
         self.kind = kind
         self.folder = folder.resolve()
         self.port = 0
         self._settings = settings
         self._cluster = cluster
+        self._sentinel = sentinel
         self._clock = clock
         self._process: subprocess.Popen[bytes] | None = None
         self._end: weakref.finalize[..., Server] | None = None
@@ -249,7 +259,7 @@ class Server:
         binary = _binary(self.kind)
         if binary is None:
             raise RuntimeError(str(available(self.kind)))
-        command = [binary, "server.conf"]
+        command = [binary, "server.conf", *(["--sentinel"] if self._sentinel else [])]
         if self._clock is not None:
             # Through env, so that the interpreter below keeps the real time.
             command = ["env", *(f"{name}={value}" for name, value in self._clock.environment().items()), *command]
@@ -332,12 +342,14 @@ def start_server(
     *,
     append_only: bool = False,
     cluster: bool = False,
+    sentinel: bool = False,
     clock: FrozenClock | None = None,
     config: dict[str, str] | None = None,
 ) -> Server:
     """Start a server that keeps its files in the folder; config holds more lines for its configuration file.
 
-    A cluster is one node that owns all slots. It needs running timers, so it cannot have a frozen clock.
+    A cluster is one node that owns all slots. It needs running timers, so it cannot have a frozen clock. A sentinel
+    holds no data, and watches the servers that its configuration names.
     """
     reason = available(kind) or (clock.available() if clock else None)
     if reason:
@@ -351,7 +363,7 @@ def start_server(
     if cluster:
         settings["cluster-enabled"] = "yes"
     folder.mkdir(parents=True, exist_ok=True)
-    server = Server(folder, kind, settings | (config or {}), cluster=cluster, clock=clock)
+    server = Server(folder, kind, settings | (config or {}), cluster=cluster, clock=clock, sentinel=sentinel)
     try:
         server.start()
     except BaseException:
