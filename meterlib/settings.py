@@ -11,6 +11,7 @@ import msgspec
 
 from meterlib.core.checks import ATTRIBUTES_MAX, check_attributes, check_tenant, shown
 from meterlib.core.money import fraction_of
+from meterlib.core.periods import zone
 from meterlib.core.policy import Tenant
 from meterlib.errors import InvalidInput, PolicyError
 
@@ -20,6 +21,7 @@ _HEADER_NAME = re.compile(r"[A-Za-z0-9-]{1,64}")
 _PATH = re.compile(r"(/[A-Za-z0-9._~-]+)*")
 _DOTS = re.compile(r"(^|/)\.{1,2}(/|$)")
 _PORT = re.compile(r"[0-9]{1,5}")
+_SCHEMA = re.compile(r"(?!pg_)[a-z][a-z0-9_]{0,62}")
 _WORD = re.compile(r"[!-+\--~]{1,256}")
 _ATTRIBUTE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
 _OWN_ATTRIBUTES = ("provider", "model", "key")
@@ -55,6 +57,9 @@ class BillingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     Attributes:
         archive: the folder of the archive; in a file, a relative one is meant from where the file is.
         segment_entries: how many entries of a shard make one file of the archive; another number holds from then on.
+        postgres: a PostgreSQL database to export to as well, `postgresql://user@host:5432/name`, without a password.
+        postgres_env: the environment variable with that URL, in its stead; it may hold a password.
+        postgres_schema: the schema that everything is in there.
         book: a file with prices of one's own, which go before all others; `meterlib prices import` writes it.
         fallback: where prices are looked up that neither that book nor the one that comes with meterlib has:
             `genai-prices`, if it is installed, or `none`.
@@ -62,32 +67,83 @@ class BillingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         markup: on what the discount left.
         platform_fee: on the list price of calls with a tenant's own key.
         upstream_discount: off the list price, of what the provider takes from you.
+        budget_basis: what limits over `cost_nanousd` count: `list` prices, or what is `billed`. By default what is
+            billed for hosted calls, and list prices for those with a tenant's own key, which is what they cost it.
+        unpriced: what becomes of a call that such a limit cannot count, since its model has no price: `deny`, or
+            `allow` it to pass uncounted.
+        tz: IANA name of the zone that billing periods are months of.
+        issuer: your name, as invoices and FOCUS files say it; these files need one.
     """
 
     archive: str = "meterlib-archive"
     segment_entries: int = 50_000
+    postgres: str | None = None
+    postgres_env: str | None = None
+    postgres_schema: str = "meterlib"
     book: str | None = None
     fallback: Literal["genai-prices", "none"] = "genai-prices"
     discount: str = "0%"
     markup: str = "0%"
     platform_fee: str = "0%"
     upstream_discount: str = "0%"
+    budget_basis: Literal["list", "billed"] | None = None
+    unpriced: Literal["deny", "allow"] = "deny"
+    tz: str = "UTC"
+    issuer: str | None = None
 
     def __post_init__(self) -> None:
+        _check_zone(self.tz, "billing.tz")
+        if self.issuer is not None and not (isinstance(self.issuer, str) and self.issuer.strip()):
+            raise PolicyError("billing.issuer", "the name of who issues invoices is needed; leave it out for none")
         if not isinstance(self.archive, str) or not self.archive.strip():
             raise PolicyError("billing.archive", "the name of a folder is needed")
         if type(self.segment_entries) is not int or not 1 <= self.segment_entries <= SEGMENT_ENTRIES_MAX:
             problem = f"1 to {SEGMENT_ENTRIES_MAX} are allowed, not {shown(self.segment_entries)}"
             raise PolicyError("billing.segment_entries", problem)
+        _check_postgres(self)
         if self.book is not None and not str(self.book).strip():
             raise PolicyError("billing.book", "the name of a file is needed; leave the setting out for none")
         if self.fallback not in ("genai-prices", "none"):
             raise PolicyError("billing.fallback", f"{shown(self.fallback)} is not one of genai-prices, none")
+        if self.budget_basis not in ("list", "billed", None):
+            raise PolicyError("billing.budget_basis", f"{shown(self.budget_basis)} is not one of list, billed")
+        if self.unpriced not in ("deny", "allow"):
+            raise PolicyError("billing.unpriced", f"{shown(self.unpriced)} is not one of deny, allow")
         for name in (*_TERMS, "upstream_discount"):
             _check_percent(getattr(self, name), f"billing.{name}", name)
 
 
+def _check_postgres(settings: BillingSettings) -> None:
+    """The URL is not repeated, since it may hold a password."""
+    if settings.postgres is not None:
+        if settings.postgres_env is not None:
+            raise PolicyError("billing.postgres_env", "names a second place; leave out this or billing.postgres")
+        try:
+            parts = urlsplit(settings.postgres)
+            fits, secret = parts.scheme in ("postgresql", "postgres"), parts.password or "password" in parts.query
+        except ValueError:
+            fits, secret = False, None
+        if not fits:
+            raise PolicyError("billing.postgres", "is no URL such as 'postgresql://user@host:5432/name'")
+        if secret:
+            problem = "holds a password, which does not belong into settings: name a variable with the URL in"
+            raise PolicyError("billing.postgres", f"{problem} billing.postgres_env, or use ~/.pgpass")
+    if settings.postgres_env is not None:
+        _check_environment_name(settings.postgres_env, "billing.postgres_env")
+    if not isinstance(settings.postgres_schema, str) or not _SCHEMA.fullmatch(settings.postgres_schema):
+        problem = f"{shown(settings.postgres_schema)} is no name of a schema: a-z, 0-9 and _, a letter first"
+        raise PolicyError("billing.postgres_schema", problem)
+
+
 _TERMS = ("discount", "markup", "platform_fee")
+
+
+def _check_zone(tz: object, path: str) -> None:
+    try:
+        zone(str(tz))
+    except (OSError, ValueError, KeyError):
+        problem = f"{shown(tz)} is no IANA time zone, such as 'Europe/Berlin'"
+        raise PolicyError(path, problem) from None
 
 
 def _check_percent(percent: str, path: str, name: str) -> None:
@@ -113,7 +169,8 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             token.
         tenant: one name for all callers whose credential is no token, in place of one for each credential.
         key_file: where the key is kept that those names are derived with; made on first use. By default it is in the
-            embedded store's folder, or else `meterlib-gateway.key`.
+            embedded store's folder, or else `meterlib-gateway.key` in the folder that the gateway runs in. Gateways
+            that share a store need the same one, or else a caller has another name at each.
         attributes: further attributes of calls, each with the header that tells it; Claude Code's session and agent by
             default.
         models: names or patterns with `*` of the models that may be used; all by default.

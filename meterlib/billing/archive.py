@@ -22,12 +22,24 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from meterlib.billing import duck
-from meterlib.billing.drafts import Draft, Work
-from meterlib.billing.rows import LINE, entry_from, first_link
-from meterlib.billing.segments import Facts, Segment, VanishedError, facts_of, sync_folder, unreadable, write
+from meterlib.billing.drafts import FileDraft, Work, aside_document
+from meterlib.billing.lines import Fields
+from meterlib.billing.rows import LINE, entry_from, first_link, number_of
+from meterlib.billing.segments import (
+    Facts,
+    Segment,
+    VanishedError,
+    facts_of,
+    publish,
+    sync_folder,
+    synced_digest,
+    unreadable,
+    write,
+)
+from meterlib.billing.sinks import Position
 from meterlib.core.ledger import LedgerEntry
 from meterlib.errors import IntegrityError
 
@@ -37,20 +49,15 @@ SEGMENT_ENTRIES = 50_000
 PIECES_MAX = 32
 """Pieces of the last block that a run leaves alone."""
 
+ASIDE = "set-aside"
+"""The folder of entries that somebody had set aside."""
+
 _FOLDER = "shard-{:04d}"
 _LINES = 10_000
 _LOOKS = 10
 
 
 T = TypeVar("T")
-
-
-class Position(NamedTuple):
-    """How far a shard is archived: its last entry and the link behind it; `n` is 0 where nothing is."""
-
-    epoch: str
-    n: int
-    link: bytes
 
 
 class Archive:
@@ -67,6 +74,17 @@ class Archive:
         self.segment_entries = segment_entries
         self._work: Work | None = None
         self._reader: Any = None
+        self._writer: Any = None
+
+    @property
+    def place(self) -> str:
+        """Where it is, as messages tell it."""
+        return str(self.path)
+
+    @property
+    def name(self) -> str:
+        """What the store remembers it by."""
+        return f"archive {self.path.absolute()}"
 
     def __enter__(self) -> Self:
         return self
@@ -78,12 +96,13 @@ class Archive:
 
     def close(self) -> None:
         """Remove what is temporary."""
+        for database in (self._reader, self._writer):
+            if database is not None:
+                database.close()
+        self._reader = self._writer = None
         if self._work is not None:
             self._work.close()
             self._work = None
-        if self._reader is not None:
-            self._reader.close()
-            self._reader = None
 
     # ── Reading ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -113,9 +132,9 @@ class Archive:
         Raises:
             IntegrityError: a segment in between is missing.
         """
-        return self._settled(lambda: self._ways(shard))
+        return self.settled(lambda: self._ways(shard))
 
-    def _settled(self, look: Callable[[], T]) -> T:
+    def settled(self, look: Callable[[], T]) -> T:
         """What a look at the files finds, once nobody removes one of them meanwhile."""
         for _ in range(_LOOKS):
             with suppress(VanishedError):
@@ -156,22 +175,34 @@ class Archive:
     def facts(self, segment: Segment) -> Facts:
         """What a segment's metadata say; they agree with its name."""
         file = self.file(segment)
-        facts = facts_of(self._database(), file)
+        facts = facts_of(self.database(), file)
         told = (facts.epoch, facts.shard, facts.first, facts.last)
         if told != (segment.epoch, segment.shard, segment.first, segment.last):
             raise IntegrityError("damaged", f"{file} is another segment's file: it holds {told[1]}:{told[2]}-{told[3]}")
         return facts
 
+    def behind(self, shard: int, epoch: str, n: int) -> Iterator[list[bytes]]:
+        """The lines of a shard behind an entry, in order, in portions."""
+        left = [segment for segment in self.segments(shard) if (segment.epoch, segment.last) > (epoch, n)]
+        yield from self.lines(left, n if left and left[0].epoch == epoch else 0)
+
+    def between(self, shard: int, first: int, last: int) -> Iterator[list[bytes]]:
+        """The lines of a shard with numbers from first to last, of whichever epoch, in portions."""
+        for segment in self.segments(shard):
+            if segment.first <= last and first <= segment.last:
+                for portion in self.lines([segment], first - 1):
+                    yield [line for line in portion if number_of(line) <= last]
+
     def position(self, shard: int) -> Position:
         """How far a shard is archived."""
-        return self._settled(lambda: self._end(shard)[0])
+        return self.settled(lambda: self._end(shard)[0])
 
     def end(self, shard: int) -> tuple[Position, bytes]:
         """How far a shard is archived, and the line of its last entry, empty if there is none; both of one look.
 
         Another exporter may have gone on between two of them.
         """
-        return self._settled(lambda: self._end(shard))
+        return self.settled(lambda: self._end(shard))
 
     def _end(self, shard: int) -> tuple[Position, bytes]:
         segments = self._ways(shard)
@@ -184,7 +215,7 @@ class Archive:
     def lines(self, segments: Iterable[Segment], after: int = 0) -> Iterator[list[bytes]]:
         """The lines of segments, in portions; of the first one only those behind number `after`."""
         for segment in segments:
-            yield from lines_of_file(self._database(), self.file(segment), after)
+            yield from lines_of_file(self.database(), self.file(segment), after)
             after = 0
 
     def entries(self, shard: int) -> Iterator[LedgerEntry]:
@@ -204,7 +235,8 @@ class Archive:
                 if look == _LOOKS:
                     raise
 
-    def _database(self) -> Any:
+    def database(self) -> Any:
+        """A database to read files with."""
         if self._reader is None:
             self._reader = duck.connect()
         return self._reader
@@ -222,20 +254,40 @@ class Archive:
         """The last number of the block that entry `n` is in."""
         return -(-n // self.segment_entries) * self.segment_entries
 
-    def draft(self, shard: int, epoch: str, first: int, position: Position) -> Draft:
+    def prepare(self) -> None:
+        """Make it ready to be written to."""
+        if self._writer is None:
+            self._writer = duck.connect(self.work().folder)
+
+    def draft(self, shard: int, epoch: str, first: int, position: Position) -> FileDraft:
         """A segment that is to follow a position, still without entries."""
         folder = self.folder(shard)
         if not folder.is_dir():
             folder.mkdir(exist_ok=True)
             sync_folder(self.path)
-        return Draft(self.work(), shard, epoch, first, position)
+        return FileDraft(self.work(), shard, epoch, first, position)
 
-    def seal(self, database: Any, draft: Draft) -> Segment:
+    def seal(self, draft: FileDraft) -> Segment:
         """Make a segment of a draft: it is in the archive, and on the disk, when this returns."""
+        self.prepare()
         try:
-            return write(database, draft.file, draft.told(), self.folder(draft.shard), self.work().folder)
+            return write(self._writer, draft.file, draft.told(), self.folder(draft.shard), self.work().folder)
         finally:
             draft.discard()
+
+    def finish(self, shard: int) -> None:
+        """Join what has become a full block."""
+        self.compact(shard)
+
+    def set_aside(self, shard: int, epoch: str, n: int, fields: Fields) -> None:
+        """Keep an entry that no bill is to be made of, in a file of its own beside the segments."""
+        folder = self.path / ASIDE
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = self.work().folder / "aside.json"
+        scratch.write_bytes(aside_document(shard, epoch, n, fields))
+        synced_digest(scratch)
+        publish(scratch, folder / f"{epoch}-{shard:04d}-{n:012d}.json")
+        scratch.unlink()
 
     def compact(self, shard: int, pieces_max: int = PIECES_MAX) -> int:
         """Join the pieces of each full block, and those of the last one if they are more than `pieces_max`.
@@ -277,11 +329,7 @@ class Archive:
         if draft.link.hex() != last.link:
             draft.discard()
             raise IntegrityError("damaged", f"the segments from {self.file(pieces[0])} on do not hold what they say")
-        database = duck.connect(self.work().folder)
-        try:
-            self.seal(database, draft)
-        finally:
-            database.close()
+        self.seal(draft)
 
 
 def lines_of_file(database: Any, file: Path, after: int = 0) -> Iterator[list[bytes]]:

@@ -115,13 +115,14 @@ class CostTables:
     Args:
         books: where prices are looked up.
         terms_of: the terms of each tenant.
-        basis: as of `CostTable`.
+        basis: as of `CostTable`; None for what a call costs the tenant: what is billed for hosted ones, and the list
+            price for those with its own key, which the provider bills.
     """
 
-    def __init__(self, books: PriceBooks, terms_of: Callable[[str], Terms], basis: Basis = "billed") -> None:
+    def __init__(self, books: PriceBooks, terms_of: Callable[[str], Terms], basis: Basis | None = None) -> None:
         self._books = books
         self._terms_of = terms_of
-        self._basis: Basis = basis
+        self._basis = basis
         self._tables: dict[tuple[Terms, Funding], CostTable] = {}
 
     def of(self, tenant: str, funding: Funding) -> CostTable:
@@ -129,7 +130,8 @@ class CostTables:
         key = (self._terms_of(tenant), funding)
         table = self._tables.get(key)
         if table is None:
-            table = self._tables[key] = CostTable(self._books, self._basis, *key)
+            basis: Basis = self._basis or ("billed" if funding == "hosted" else "list")
+            table = self._tables[key] = CostTable(self._books, basis, *key)
         return table
 
 

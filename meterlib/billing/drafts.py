@@ -1,22 +1,25 @@
-"""What an archive's writer keeps until a segment is made: a work folder of its own, and lines that wait in it."""
+"""Lines that wait to be written to a sink, and the work folder in which those of an archive do."""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from meterlib.billing.rows import chained
 from meterlib.billing.segments import Range
 from meterlib.errors import IntegrityError
 
 if TYPE_CHECKING:
-    from meterlib.billing.archive import Position
+    from meterlib.billing.sinks import Position
 
 _PREFIX = ".work-"
 
@@ -69,42 +72,75 @@ def odd(shard: int, n: int, reason: str) -> IntegrityError:
     """What to say of an entry that cannot be told in columns."""
     return IntegrityError(
         "unreadable",
-        f"entry {shard}:{n} cannot be exported: {reason}; a later version of meterlib may have written it",
+        f"entry {shard}:{n} cannot be exported: {reason}; a later version of meterlib may have written it. To let the"
+        f" others pass, go on with --set-aside {shard}:{n}, which keeps it apart",
         (f"{shard}:{n}",),
     )
 
 
-class Draft:
-    """Lines of a segment that is not written yet, in a file of their own, so that memory does not grow with them."""
+def aside_document(shard: int, epoch: str, n: int, fields: Mapping[bytes, bytes]) -> bytes:
+    """An entry that is set aside, as JSON; values may be anything, and stand as base64."""
+    values = {name.decode(errors="backslashreplace"): value for name, value in fields.items()}
+    return msgspec.json.encode({"shard": shard, "epoch": epoch, "n": n, "fields": values})
 
-    def __init__(self, work: Work, shard: int, epoch: str, first: int, position: Position) -> None:
+
+class Draft(ABC):
+    """Lines that go into a sink in one piece, and where they stand there.
+
+    Attributes:
+        follows: the position that they follow.
+        first, last: their numbers.
+        link: the link behind the last one.
+        size: bytes of all lines, without their ends.
+    """
+
+    def __init__(self, shard: int, epoch: str, first: int, position: Position) -> None:
         self.shard = shard
+        self.epoch = epoch
+        self.follows = position
+        self.first = first
         self.last = first - 1
         self.link = position.link
-        self.epoch = epoch
-        self._first = first
-        self._follows = position
         self.size = 0
-        self._unknown: set[str] = set()
-        self.file = work.folder / f"{shard}-{epoch}-{first}.csv"
-        self._stream = self.file.open("wb")
 
     def add(self, lines: Sequence[bytes], unknown: Iterable[str] = ()) -> None:
         """Take up the next lines, and names in them that no column is made of."""
         if not lines:
             return
-        self._unknown.update(unknown)
         text = b"\n".join(lines)
         if text.count(b"\n") != len(lines) - 1 or not _is_text(text):
             at = next(at for at, line in enumerate(lines) if b"\n" in line or not _is_text(line))
             if at:
-                self.add(lines[:at])
+                self.add(lines[:at], unknown)
             raise odd(self.shard, self.last + 1, "it has what is no printable text")
-        self._stream.write(text)
-        self._stream.write(b"\n")
+        self.keep(text, unknown)
         self.size += len(text) - len(lines) + 1
         self.link = chained(self.link, lines)
         self.last += len(lines)
+
+    @abstractmethod
+    def keep(self, text: bytes, unknown: Iterable[str]) -> None:
+        """Hold the lines of this text, which has no line's end behind it."""
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Let go of the lines."""
+
+
+class FileDraft(Draft):
+    """Lines of a segment that is not written yet, in a file of their own, so that memory does not grow with them."""
+
+    def __init__(self, work: Work, shard: int, epoch: str, first: int, position: Position) -> None:
+        super().__init__(shard, epoch, first, position)
+        self._unknown: set[str] = set()
+        self.file = work.folder / f"{shard}-{epoch}-{first}.csv"
+        self._stream = self.file.open("wb")
+
+    def keep(self, text: bytes, unknown: Iterable[str]) -> None:
+        """Append the lines to the file."""
+        self._unknown.update(unknown)
+        self._stream.write(text)
+        self._stream.write(b"\n")
 
     def told(self) -> Range:
         """What they are; no more are taken up."""
@@ -112,18 +148,40 @@ class Draft:
         return Range(
             shard=self.shard,
             epoch=self.epoch,
-            first=self._first,
+            first=self.first,
             last=self.last,
-            follows_epoch=self._follows.epoch,
-            follows_n=self._follows.n,
-            before=self._follows.link,
+            follows_epoch=self.follows.epoch,
+            follows_n=self.follows.n,
+            before=self.follows.link,
             link=self.link,
             unknown=sorted(self._unknown),
             size=self.size,
         )
 
     def discard(self) -> None:
-        """Remove the lines."""
+        """Remove the file."""
         with suppress(OSError):
             self._stream.close()
         self.file.unlink(missing_ok=True)
+
+
+class MemoryDraft(Draft):
+    """Lines that wait in memory; for sinks that take few at a time."""
+
+    def __init__(self, shard: int, epoch: str, first: int, position: Position) -> None:
+        super().__init__(shard, epoch, first, position)
+        self.texts: list[bytes] = []
+
+    def keep(self, text: bytes, unknown: Iterable[str]) -> None:
+        """Hold the text."""
+        self.texts.append(text)
+
+    def discard(self) -> None:
+        """Let go of it."""
+        self.texts.clear()
+
+    def until(self, n: int) -> MemoryDraft:
+        """Only the lines before number `n`."""
+        before = MemoryDraft(self.shard, self.epoch, self.first, self.follows)
+        before.add(b"\n".join(self.texts).split(b"\n")[: n - self.first])
+        return before

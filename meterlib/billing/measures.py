@@ -96,8 +96,8 @@ def passes_of_usage(
         model: that served the call.
         signed: the usage is a difference: what it does not name did not change, and numbers may be negative.
     """
-    if usage and usage.keys() <= {"amounts"}:
-        return ()  # units of one's own, which no book has prices for
+    if usage and usage.keys() <= {"amounts", "requests"} and not usage.get("requests"):
+        return ()  # no call, but units of one's own, which no book has prices for
     iterations = _mappings(usage.get("iterations"))
     served = next((str(one["model"]) for one in reversed(iterations) if _fell_back(one) and one.get("model")), model)
     amounts, flag, unknown = _amounts(usage, signed)
@@ -153,7 +153,7 @@ def _amounts(usage: Mapping[str, object], signed: bool) -> tuple[Amounts, str, s
         elif type(value) is int and value:
             unknown[f"server_tool_use.{name}"] = value
     for name, value in usage.items():
-        if type(value) is int and value and name not in _COUNTED:
+        if type(value) is int and value and name not in _COUNTED and name != "requests":
             unknown[name] = value
         elif isinstance(value, Mapping) and name not in _PARTS:
             unknown |= {f"{name}.{part}": number for part, number in value.items() if type(number) is int and number}

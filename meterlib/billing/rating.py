@@ -192,6 +192,9 @@ def _difference(entry: LedgerEntry, books: PriceBooks, terms: Terms, corrects: L
     A line that has another price now is taken back in full and posted anew, so that each row still has one price.
     """
     at_ms = corrects.reserved_at or corrects.booked_at
+    if corrects.kind in ("cancelled", "expired"):  # which tells that nothing is known to have been used
+        nothing = {"input_tokens": 0, "output_tokens": 0}
+        corrects = msgspec.structs.replace(corrects, kind="settled", usage=add_usage(nothing, corrects.usage))
     before = msgspec.structs.replace(corrects, quality=entry.quality)
     after = msgspec.structs.replace(before, usage=add_usage(corrects.usage, entry.usage))
     old = {row.line: row for row in _rows(before, passes_of(before), books, terms, at_ms)}

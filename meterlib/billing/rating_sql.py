@@ -10,7 +10,7 @@ Corrections, calls with several passes and usage under names that nobody here kn
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -65,7 +65,7 @@ _USAGE_NAMES = (
 _TOOL_NAMES = ("web_search_requests", "web_fetch_requests", "code_execution_requests")
 
 _PASSES = f"""
-SELECT epoch, shard, n, kind, tenant, funding, quality,
+SELECT epoch, shard, n, kind, tenant, funding, quality, booked_at, {{hard}} AS hard,
     if(reserved_at = 0, booked_at, reserved_at) AS at_ms,
     coalesce(nullif(provider, ''), '{PROVIDER}') AS provider,
     coalesce(nullif(facts ->> '$.model', ''), model, '') AS model,
@@ -79,15 +79,14 @@ SELECT epoch, shard, n, kind, tenant, funding, quality,
     coalesce(web_search_requests, 0) AS a6, coalesce(web_fetch_requests, 0) AS a7,
     coalesce(code_execution_requests, 0) AS a8,
     coalesce(a0, 0) + a2 + a3 + a4 + a5 AS prompt
-FROM ({{source}})
-WHERE kind IN ('settled', 'late', 'recorded') AND NOT ({{hard}})
-    AND coalesce(json_keys(outcome, '$.usage'), []) <> ['amounts']
+FROM (SELECT *, coalesce(json_keys(outcome, '$.usage'), []) AS names FROM ({{source}}))
+WHERE kind = 'adjusted' OR (kind IN ('settled', 'late', 'recorded') AND names <> ['amounts'])
 """
 _ROWS_AT_ONCE = 1000
 _HARD = (
-    "kind = 'adjusted' OR coalesce(json_array_length(iterations), 0) > 0"
-    " OR NOT list_has_all({names}, coalesce(json_keys(outcome, '$.usage'), []))"
-    " OR NOT list_has_all({tools}, coalesce(json_keys(outcome, '$.usage.server_tool_use'), []))"
+    "(kind = 'adjusted' OR coalesce(json_array_length(iterations), 0) > 0"
+    " OR NOT list_has_all({names}, names)"
+    " OR NOT list_has_all({tools}, coalesce(json_keys(outcome, '$.usage.server_tool_use'), [])))"
 )
 
 
@@ -95,26 +94,39 @@ class SqlRating:
     """A rating of the entries of a relation, ready to be read.
 
     Args:
-        connection: of DuckDB; three tables are left in its temporary schema, so one rating is read at a time.
+        connection: of DuckDB; four tables are left in its temporary schema, so one rating is read at a time.
         source: SQL of entries, with the columns of an archive and `shard`.
         books: where prices are looked up.
         terms_of: the terms of each tenant.
+        carried: columns of the entries that rows have besides, behind their own: `booked_at`.
 
     Attributes:
         rows_sql: SQL of the rated rows, with the columns of `COLUMNS`, in no particular order.
         hard_sql: SQL of those entries that are left to `rate`, as they are in the source.
     """
 
-    def __init__(self, connection: Any, source: str, books: PriceBooks, terms_of: Callable[[str], Terms]) -> None:
+    def __init__(
+        self,
+        connection: Any,
+        source: str,
+        books: PriceBooks,
+        terms_of: Callable[[str], Terms],
+        carried: Sequence[str] = (),
+    ) -> None:
         hard = _HARD.format(names=_texts(_USAGE_NAMES), tools=_texts(_TOOL_NAMES))
-        self._passes = _PASSES.format(source=source, hard=hard)
-        self.hard_sql = f"SELECT * FROM ({source}) WHERE kind NOT IN ('cancelled', 'expired') AND ({hard})"
+        passes = _PASSES.format(source=source, hard=hard)
+        connection.execute(f"CREATE OR REPLACE TEMP TABLE rating_passes AS {passes}")  # JSON is looked into once
+        (left,) = connection.execute("SELECT count(*) FROM rating_passes WHERE hard").fetchone()
+        which = "(epoch, shard, n) IN (SELECT (epoch, shard, n) FROM rating_passes WHERE hard)" if left else "false"
+        self.hard_sql = f"SELECT * FROM ({source}) WHERE {which}"
+        self._passes = "SELECT * FROM rating_passes WHERE NOT hard"
+        self._carried = carried
         self._make_cases(connection, books, terms_of)
         self.rows_sql = self._rows_sql()
 
     def _make_cases(self, connection: Any, books: PriceBooks, terms_of: Callable[[str], Terms]) -> None:
         """Tables of all that may apply: which case a call is, whose terms hold, and what each slot costs then."""
-        used = connection.sql(f"SELECT DISTINCT provider, model, variant, geo, tenant FROM ({self._passes})")
+        used = connection.execute(f"SELECT DISTINCT provider, model, variant, geo, tenant FROM ({self._passes})")
         found = used.fetchall()
         terms = {tenant: terms_of(tenant) for *_, tenant in found}
         numbers = {one: at for at, one in enumerate(dict.fromkeys(terms.values()))}
@@ -159,7 +171,8 @@ class SqlRating:
             " AND r.r_funding = l.funding AND (r.charge = 'usage' OR quantity IS NOT NULL)"
             " WHERE quantity IS NULL OR quantity <> 0"
         )
-        return f"SELECT {', '.join(f'{_SELECT.get(name, name)} AS {name}' for name in COLUMNS)} FROM ({joined})"
+        names = (*COLUMNS, *self._carried)
+        return f"SELECT {', '.join(f'{_SELECT.get(name, name)} AS {name}' for name in names)} FROM ({joined})"
 
 
 _CASES = (

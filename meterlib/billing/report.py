@@ -6,7 +6,7 @@ Entries go by one at a time, so memory grows with the groups and not with the le
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
@@ -144,15 +144,10 @@ class Report(Grouped[Sums]):
     """
 
     def _count(self, entry: LedgerEntry) -> None:
-        sums = self._sums_of(entry)
-        for column in _counted(entry):
-            sums[column] = sums.get(column, 0) + 1
-        _add(sums, entry.usage)
-        for own in _own_passes(entry.usage):
-            _add(self._sums_of(entry, own.get("model")), own)
-
-    def _sums_of(self, entry: LedgerEntry, model: object = None) -> Sums:
-        return self._groups.setdefault(self._group_of(entry, model), {})
+        for model, amounts in contributions(entry):
+            sums = self._groups.setdefault(self._group_of(entry, model), {})
+            for column, amount in amounts.items():
+                sums[column] = sums.get(column, 0) + amount
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -213,7 +208,7 @@ def _dimension(word: str, tz: str) -> _Dimension:
     if word == "day":
         return _Dimension(word, lambda entry: _local(entry, tz).date().isoformat())
     if word == "hour":
-        return _Dimension(word, lambda entry: _hour(entry, tz), order=datetime.fromisoformat)
+        return _Dimension(word, lambda entry: hour_text(entry.booked_at, tz), order=datetime.fromisoformat)
     attribute = word.removeprefix("attribute:")
     try:
         check_attributes({attribute: "x"})
@@ -224,14 +219,28 @@ def _dimension(word: str, tz: str) -> _Dimension:
     return _Dimension(name, lambda entry: entry.attributes.get(attribute), attribute)
 
 
-def _hour(entry: LedgerEntry, tz: str) -> str:
+def hour_text(at_ms: int, tz: str) -> str:
     """The hour on the zone's clocks, with its offset: one hour a year comes twice."""
-    text = _local(entry, tz).isoformat(timespec="hours")
+    text = datetime.fromtimestamp(at_ms // 1000, zone(tz)).isoformat(timespec="hours")
     return f"{text[:13]}:00{text[13:]}"
 
 
 def _local(entry: LedgerEntry, tz: str) -> datetime:
     return datetime.fromtimestamp(entry.booked_at // 1000, zone(tz))
+
+
+def contributions(entry: LedgerEntry) -> Iterator[tuple[object, Sums]]:
+    """What an entry adds to which columns: first itself, then each pass that its own numbers leave out.
+
+    With each goes the model that did the pass; None where it is the entry's own.
+    """
+    sums: Sums = dict.fromkeys(_counted(entry), 1)
+    _add(sums, entry.usage)
+    yield None, sums
+    for own in _own_passes(entry.usage):
+        sums = {}
+        _add(sums, own)
+        yield own.get("model"), sums
 
 
 def _counted(entry: LedgerEntry) -> tuple[str, ...]:

@@ -16,8 +16,8 @@ RERATED_LINES = 1 << 24
 TAKEN_BACK = 1 << 23
 """In the line of a row by which a re-rating takes back another."""
 
-_MONEY = ("quantity", "currency", "unpriced", *COSTS, *(cost.replace("cost", "price") for cost in COSTS))
-_WHAT = ("kind", "charge", "provider", "model", "pass_kind", "token_type", "flags")
+MONEY = ("quantity", "currency", *COSTS, *(cost.replace("cost", "price") for cost in COSTS))
+WHAT = ("kind", "charge", "provider", "model", "pass_kind", "token_type", "flags")
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,12 +50,13 @@ class Change(msgspec.Struct, kw_only=True):
     upstream_cost: Decimal = ZERO
 
 
-def compare(rows_old: Iterable[RatedRow], rows_new: Iterable[RatedRow]) -> Iterator[Delta]:
+def compare(rows_old: Iterable[RatedRow], rows_new: Iterable[RatedRow], number: int = 0) -> Iterator[Delta]:
     """What a re-rating changes, entry by entry; it holds the rows of one entry at a time.
 
     Args:
         rows_old: all that was posted of the entries, re-ratings included, in order of epoch, shard and n.
         rows_new: the same entries as `rate` rates them now, in the same order.
+        number: which re-rating it is, which lines tell; by default the next one of each entry.
     """
     old, new = groupby(rows_old, _entry), groupby(rows_new, _entry)
     one, other = next(old, None), next(new, None)
@@ -67,7 +68,7 @@ def compare(rows_old: Iterable[RatedRow], rows_new: Iterable[RatedRow]) -> Itera
             posted, one = list(one[1]), next(old, None)
         if other and other[0] == key:
             rated, other = list(other[1]), next(new, None)
-        yield from _deltas(posted, rated)
+        yield from _deltas(posted, rated, number)
 
 
 def summary(deltas: Iterable[Delta]) -> dict[str, Change]:
@@ -95,11 +96,11 @@ def standing(rows: Iterable[RatedRow]) -> list[RatedRow]:
     return [row for row in rows if not row.line & TAKEN_BACK and row.line not in gone]
 
 
-def _deltas(posted: list[RatedRow], rated: list[RatedRow]) -> Iterator[Delta]:
+def _deltas(posted: list[RatedRow], rated: list[RatedRow], number: int) -> Iterator[Delta]:
     """Lines are matched by what their numbers were at the first rating."""
     old = {row.line & (TAKEN_BACK - 1): row for row in standing(posted)}
     new = {row.line: row for row in rated}
-    start = RERATED_LINES * (1 + max((row.line // RERATED_LINES for row in posted), default=0))
+    start = RERATED_LINES * (number or 1 + max((row.line // RERATED_LINES for row in posted), default=0))
     for line in sorted(old.keys() | new.keys()):
         one, other = old.get(line), new.get(line)
         if not (one and other and _alike(one, other)):
@@ -111,7 +112,9 @@ def _deltas(posted: list[RatedRow], rated: list[RatedRow]) -> Iterator[Delta]:
 
 
 def _alike(one: RatedRow, other: RatedRow) -> bool:
-    return all(getattr(one, name) == getattr(other, name) for name in (*_MONEY, *_WHAT))
+    """Whether both say the same; for what reason a line has no price is no matter of a bill."""
+    same = bool(one.unpriced) == bool(other.unpriced)
+    return same and all(getattr(one, name) == getattr(other, name) for name in (*MONEY, *WHAT))
 
 
 def _entry(row: RatedRow) -> tuple[str, int, int]:

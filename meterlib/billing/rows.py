@@ -111,6 +111,11 @@ def fields_of(line: bytes) -> tuple[int, dict[bytes, bytes]]:
     return int(n), fields
 
 
+def number_of(line: bytes) -> int:
+    """The number of the entry that a line holds."""
+    return int(line.partition(SEPARATOR)[0])
+
+
 def entry_from(shard: int, line: bytes) -> LedgerEntry:
     """The entry that a line holds."""
     return entry_of(shard, *fields_of(line))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Protocol, TypeVar
 
-from meterlib.billing.archive import Position
 from meterlib.billing.lines import Lines, OddEntryError
 from meterlib.billing.rows import fields_of
+from meterlib.billing.sinks import Position
 from meterlib.errors import IntegrityError
 from meterlib.store import flows
 from meterlib.store.commands import Flow, ShardHead
@@ -60,6 +60,9 @@ class Start:
             if stored:
                 raise self._conflict()
             return epoch, n  # it was removed; that the numbers go on without a gap is for the reader to see
+        forked = self._head.forked
+        if forked is not None and (forked.follows_epoch, forked.follows_n) == (self._position.epoch, n):
+            return epoch, forked.first - 1
         if epoch != accepted_epoch:
             raise begun_anew(self._shard, self._position.epoch, n, epoch, self._first_of(epoch))
         return epoch, self._first_of(epoch) - 1
@@ -93,7 +96,8 @@ class Start:
         return IntegrityError(
             "regress",
             f"the store's ledger {there}, but {lost} were exported from it: it lost them."
-            " What was exported stays true; what is booked from here on would have their numbers again",
+            " What was exported stays true; what is booked from here on has their numbers again, until somebody has"
+            f" looked: meterlib ledger fork --shard {self._shard}",
             (lost,),
         )
 
@@ -104,7 +108,7 @@ class Start:
             "conflict",
             f"the store has another entry {entry} than the one that was exported (reservation"
             f" {archived[b'id'].decode()!r}, booked at {archived[b'booked_at'].decode()} ms): it lost its tail, and"
-            " went on",
+            f" went on. To look, and go on: meterlib ledger fork --shard {self._shard}",
             (entry,),
         )
 
@@ -114,8 +118,8 @@ def begun_anew(shard: int, epoch: str, n: int, other: str, first: int) -> Integr
     return IntegrityError(
         "epoch",
         f"shard {shard}: the ledger was begun anew: from entry {shard}:{first} on it is of epoch {other}, and the last"
-        f" one to be exported was {shard}:{n} of epoch {epoch}. If that is known, go on with"
-        f" --accept-epoch {shard}:{other}",
+        f" one to be exported was {shard}:{n} of epoch {epoch}. To look, and go on with numbers behind that:"
+        f" meterlib ledger fork --shard {shard}; to go on with the numbers as they are: --accept-epoch {shard}:{other}",
         (f"{shard}:{first}",),
     )
 

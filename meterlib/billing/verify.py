@@ -58,8 +58,21 @@ class Known(msgspec.Struct, frozen=True, kw_only=True):
     link: str
 
 
+class Mark(msgspec.Struct, frozen=True, kw_only=True):
+    """A link that somebody has written down: `problem` is what to say if it is not behind that entry."""
+
+    shard: int
+    epoch: str
+    n: int
+    link: str
+    problem: str
+
+
 def verify(
-    archive: Archive, known: Sequence[Known] = (), advance: Callable[[int], None] = lambda count: None
+    archive: Archive,
+    known: Sequence[Known] = (),
+    advance: Callable[[int], None] = lambda count: None,
+    marks: Sequence[Mark] = (),
 ) -> list[ShardVerdict]:
     """Check every shard of an archive; problems are in the verdicts.
 
@@ -67,17 +80,26 @@ def verify(
         archive: where.
         known: what earlier checks found, which must still be there.
         advance: is told how many entries were checked, as it goes.
+        marks: links that files made of the archive's entries have, which must be in it.
     """
-    shards = {*archive.shards(), *(end.shard for end in known)}
-    ends = {shard: [end for end in known if end.shard == shard and end.last] for shard in shards}
-    return [_ShardCheck(archive, shard, ends[shard], advance).verdict() for shard in sorted(shards)]
+    marks = [*marks, *(_mark(end) for end in known if end.last)]
+    shards = {*archive.shards(), *(end.shard for end in known), *(mark.shard for mark in marks)}
+    of_shard = {shard: [mark for mark in marks if mark.shard == shard] for shard in shards}
+    return [_ShardCheck(archive, shard, of_shard[shard], advance).verdict() for shard in sorted(shards)]
+
+
+def _mark(end: Known) -> Mark:
+    problem = f"entry {end.shard}:{end.last} of epoch {end.epoch} was there at an earlier check, and is not"
+    return Mark(shard=end.shard, epoch=end.epoch, n=end.last, link=end.link, problem=problem)
 
 
 class _ShardCheck:
-    def __init__(self, archive: Archive, shard: int, known: Sequence[Known], advance: Callable[[int], None]) -> None:
+    def __init__(self, archive: Archive, shard: int, marks: Sequence[Mark], advance: Callable[[int], None]) -> None:
         self._archive = archive
         self._shard = shard
-        self._known = {(end.epoch, end.last): end.link for end in known}
+        self._marks: dict[tuple[str, int], list[Mark]] = {}
+        for mark in marks:
+            self._marks.setdefault((mark.epoch, mark.n), []).append(mark)
         self._advance = advance
         self._link = first_link(shard)
         self._found = ShardVerdict(shard=shard, sums=dict.fromkeys(COUNTS, 0))
@@ -97,10 +119,7 @@ class _ShardCheck:
             found.segments += 1
             found.epoch, found.last = segment.epoch, segment.last
         found.link = self._link.hex() if found.last else ""
-        for epoch, last in self._known:
-            found.problems.append(
-                f"entry {self._shard}:{last} of epoch {epoch} was there at an earlier check, and is not"
-            )
+        found.problems += [mark.problem for marks in self._marks.values() for mark in marks]
         self._database.close()
         return found
 
@@ -152,8 +171,8 @@ class _ShardCheck:
                 if (parts[0], parts[10]) != (b"%d" % n, segment.epoch.encode()):
                     raise IntegrityError("damaged", f"{file} has another entry where {self._shard}:{n} belongs")
                 self._link = chained(self._link, (line,))
-                if self._known.get((segment.epoch, n), "") == self._link.hex():
-                    del self._known[segment.epoch, n]
+                if (marks := self._marks.get((segment.epoch, n))) is not None:
+                    marks[:] = [mark for mark in marks if mark.link != self._link.hex()]
                 n += 1
             self._advance(len(lines))
         self._found.entries += n - segment.first

@@ -19,11 +19,13 @@ COMMANDS = {
     "demo": "watch made-up traffic being limited and metered on a real embedded server",
     "gateway": "serve the Claude API within limits, metered; useful with no configuration",
     "token": "make a token for a tenant's callers",
-    "report": "what was used, by tenant, model, attribute, day …, and whether an entry is missing",
+    "report": "what was used, what it costs and who owes it, by anything, and whether an entry is missing",
     "limits": "how every limit of a tenant stands: quota, used, held, remaining, and when it frees",
     "doctor": "check the server, its durability, the clocks, the ledger, and that each limit can deny",
-    "ledger": "the raw ledger entries",
+    "ledger": "the raw ledger entries; another epoch for a ledger that lost some",
     "export": "bring the ledger into the archive, exactly once; tell how far it is; trim what is exported",
+    "rate": "what the archived entries cost, for good; or again by other prices, as a difference to post",
+    "close": "close a month: what it comes to, written down for good",
     "verify": "check an archive offline: files, sequence, digests, control totals",
     "prices": "the price book that usage is rated at: show it, compare it, import another one",
 }
@@ -48,8 +50,9 @@ exit codes:
   0    ok
   1    the command found a failure, or the store failed
   2    wrong usage or configuration; nothing was done
-  3    the report is incomplete (only with --strict)
-  5    ledger and archive, or an archive and itself, do not agree
+  3    the report is incomplete, or something in it has no price (only with --strict)
+  4    the provider's report and the archive differ by more than is tolerated
+  5    ledger and archive, an archive and itself, or an invoice and its rows, do not agree
   130  interrupted (Ctrl-C)
 """
 

@@ -1,4 +1,4 @@
-"""`meterlib export`: the ledger into the archive, how far that is, and trimming what is exported."""
+"""`meterlib export`: the ledger into archive and PostgreSQL, how far that is, and trimming what is exported."""
 
 from __future__ import annotations
 
@@ -9,20 +9,25 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 from meterlib.billing.archive import Archive
-from meterlib.billing.export import Accepted, Exported, Exporter
+from meterlib.billing.export import Accepted, Export, Exported
+from meterlib.billing.postgres_schema import ddl
+from meterlib.billing.rater import Rated
+from meterlib.billing.sinks import Sink
 from meterlib.billing.start import Start
 from meterlib.billing.trim import trim
-from meterlib.cli.exits import INTEGRITY, OK
+from meterlib.cli.exits import FAILURE, INTEGRITY, OK
 from meterlib.cli.options import add_config, add_json, whole_number
 from meterlib.cli.progress import Progress
+from meterlib.cli.rate import document_of, line_of, rate_archive
+from meterlib.cli.sinks import check_none_is_missing, opened_sinks
 from meterlib.cli.store import Store, opened
 from meterlib.cli.tables import Column, print_table
 from meterlib.config import Config
-from meterlib.errors import IntegrityError, InvalidInput, StoreUnavailable
+from meterlib.errors import IntegrityError, InvalidInput, MeterError, SinkError, StoreUnavailable
+from meterlib.store import flows
 from meterlib.store.commands import ShardHead
 
 HELP = """\
@@ -34,6 +39,11 @@ changed; each carries the digest of all that was archived before it. Where they
 end is where the next export goes on, so a run may be killed or repeated at any
 time, and two may run at once.
 
+With [billing] postgres (or postgres_env: the variable that holds the URL),
+entries go to PostgreSQL as well: rows and checkpoint in one transaction. Each
+has its own checkpoint, and one that is down does not stop the other. What the
+store has no more, it takes over from the archive, so it can be added later.
+
 An entry that is missing, or is another one than was exported, stops the export
 of its shard, is named, and exits with 5; the other shards go on.
 ---
@@ -41,16 +51,17 @@ examples:
   meterlib export run                     what was booked since the last time
   meterlib export run --follow            go on until interrupted
   meterlib export status                  how far the archive is behind the ledger
-  meterlib export trim                    free the store of what is archived
+  meterlib export trim                    free the store of what every sink has
+  meterlib export schema | psql -d bills  for a role that may not make it itself
   meterlib verify meterlib-archive        check the files, without the store
 
-exit codes: 0 ok; 1 the store or the disk failed; 2 wrong usage or
+exit codes: 0 ok; 1 the store, the disk or PostgreSQL failed; 2 wrong usage or
 configuration; 5 ledger and archive do not agree
 """
 RUN_HELP = """\
-Export what was booked since the last run. The last file of a shard may be
-short; it is joined with its successors when its block is full, or by
-`meterlib export compact`.
+Export what was booked since the last run, and rate it by the price books in
+force. The last file of a shard may be short; it is joined with its successors
+when its block is full, or by `meterlib export compact`.
 """
 STATUS_HELP = """\
 Tell for each shard up to which number it is archived and where its ledger ends,
@@ -60,10 +71,20 @@ COMPACT_HELP = """\
 Join short files. What is in the archive stays the same, and so do its digests.
 """
 TRIM_HELP = """\
-Remove entries from the store that are in the archive. What was booked within
-the store's retention stays, since calls may be repeated so long and are answered
-by their entries; so do the last --keep archived entries of each shard. Reports
-of a time that was trimmed away need the archive.
+Remove entries from the store that are in the archive, and in PostgreSQL if that
+was ever exported to. What was booked within the store's retention stays, since
+calls may be repeated so long and are answered by their entries; so do the last
+--keep exported entries of each shard. Reports of a time that was trimmed away
+need the archive.
+"""
+FORGET_HELP = """\
+Have the store forget an archive or a database that was once exported to, and is
+not any more: `trim` removes only what every one of them has. Without a NAME,
+tell which the store knows.
+"""
+SCHEMA_HELP = """\
+Print the SQL that makes the schema in PostgreSQL. Not needed where the exporter's
+role may make it: then the first run does.
 """
 KEEP = 10_000
 EVERY_S = 30
@@ -85,6 +106,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--accept-gap", action="append", type=_gap, default=[], metavar="SHARD:N-M",
         help="these entries are lost for good; may be repeated",
     )  # fmt: skip
+    run.add_argument(
+        "--set-aside", action="append", type=_entry, default=[], metavar="SHARD:N",
+        help="keep this entry, which cannot be exported, apart from the others, until one behind it is exported",
+    )  # fmt: skip
+    run.add_argument("--no-rate", action="store_true", help="leave rating what was exported to `meterlib rate`")
     _action(actions, "status", "how far the archive is behind the ledger", STATUS_HELP)
     _action(actions, "compact", "join short files", COMPACT_HELP)
     trimming = _action(actions, "trim", "remove archived entries from the store", TRIM_HELP)
@@ -92,6 +118,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep", type=whole_number, default=KEEP, metavar="N",
         help=f"archived entries of each shard that stay (default: {KEEP:,}; at least 1)",
     )  # fmt: skip
+    forgetting = _action(actions, "forget", "have the store forget a sink that is no more", FORGET_HELP)
+    forgetting.add_argument("name", nargs="?", metavar="NAME", help="as the message of `export trim` has it")
+    _action(actions, "schema", "print the SQL that makes the schema in PostgreSQL", SCHEMA_HELP)
 
 
 def _action(actions: Any, name: str, summary: str, description: str) -> argparse.ArgumentParser:
@@ -116,6 +145,11 @@ def _epoch(text: str) -> tuple[int, str]:
     return whole_number(shard), epoch
 
 
+def _entry(text: str) -> tuple[int, int]:
+    shard, _, n = text.partition(":")
+    return whole_number(shard), whole_number(n)
+
+
 def _gap(text: str) -> tuple[int, int, int]:
     shard, _, numbers = text.partition(":")
     first, dash, last = numbers.partition("-")
@@ -125,37 +159,52 @@ def _gap(text: str) -> tuple[int, int, int]:
 def run(arguments: argparse.Namespace) -> int:
     """Do what is asked for; returns the exit code."""
     config = Config.find(arguments.config)
-    path = Path(config.billing.archive if arguments.archive is None else arguments.archive)
-    acts: dict[str, Callable[[Archive, Config, argparse.Namespace], int]] = {
-        "run": _run, "status": _status, "compact": _compact, "trim": _trim,
+    if arguments.action == "schema":
+        print(ddl(config.billing.postgres_schema), end="")
+        return OK
+    acts: dict[str, Callable[[Archive, list[Sink[Any]], Config, argparse.Namespace], int]] = {
+        "run": _run, "status": _status, "compact": _compact, "trim": _trim, "forget": _forget,
     }  # fmt: skip
-    with Archive(path, config.billing.segment_entries) as archive:
-        return acts[arguments.action](archive, config, arguments)
+    with opened_sinks(config, arguments.archive) as (archive, sinks):
+        return acts[arguments.action](archive, sinks, config, arguments)
 
 
 # ── run ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _run(archive: Archive, config: Config, arguments: argparse.Namespace) -> int:
-    accepted = Accepted(epochs=dict(arguments.accept_epoch), gaps=frozenset(arguments.accept_gap))
+def _run(archive: Archive, sinks: list[Sink[Any]], config: Config, arguments: argparse.Namespace) -> int:
+    accepted = Accepted(
+        epochs=dict(arguments.accept_epoch),
+        gaps=frozenset(arguments.accept_gap),
+        aside=frozenset(arguments.set_aside),
+    )
+
+    def rate() -> Rated:
+        return Rated() if arguments.no_rate else rate_archive(archive, config)
+
     with opened(config, arguments.config) as store, _stopped_by_signals():
         if not arguments.follow:
-            return _export(store, archive, accepted, arguments.json)
+            return _export(store, sinks, accepted, arguments.json, rate)
         try:
-            return _follow(store, archive, accepted, arguments)
+            return _follow(store, sinks, accepted, arguments, rate)
         except KeyboardInterrupt:  # which is how it ends
             return OK
 
 
-def _follow(store: Store, archive: Archive, accepted: Accepted, arguments: argparse.Namespace) -> int:
+def _follow(
+    store: Store, sinks: list[Sink[Any]], accepted: Accepted, arguments: argparse.Namespace, rate: Callable[[], Rated]
+) -> int:
+    """Export again and again, whoever is down meanwhile; until ledger and sinks do not agree."""
     while True:
         try:
-            code = _export(store, archive, accepted, arguments.json, quiet=True)
+            code = _export(store, sinks, accepted, arguments.json, rate, quiet=True)
         except StoreUnavailable as error:
-            print(f"meterlib: {error}; trying again in {arguments.every} s", file=sys.stderr)
-            code = OK
-        if code != OK:
+            print(f"meterlib: {error}", file=sys.stderr)
+            code = FAILURE
+        if code not in (OK, FAILURE):
             return code
+        if code == FAILURE:
+            print(f"meterlib: trying again in {arguments.every} s", file=sys.stderr)
         threading.Event().wait(max(1, arguments.every))
 
 
@@ -176,40 +225,81 @@ def _stopped_by_signals() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _export(store: Store, archive: Archive, accepted: Accepted, as_json: bool, quiet: bool = False) -> int:
-    """One export of all shards; the exit code. With `quiet`, nothing is printed where nothing was new."""
+def _export(
+    store: Store,
+    sinks: list[Sink[Any]],
+    accepted: Accepted,
+    as_json: bool,
+    rate: Callable[[], Rated],
+    quiet: bool = False,
+) -> int:
+    """One export of all shards, and the rating; the exit code. With `quiet`, only what was new is printed."""
     shards = range(store.shards)
-    total = sum(_waiting(store, archive, shard) for shard in shards)
+    total = sum(_waiting(store, sink, shard) for sink in sinks for shard in shards)
     with (
         Progress("exporting entries", total) as progress,
-        Exporter(archive, store.run, accepted=accepted, advance=progress.advance) as exporter,
+        Export(sinks, store.run, accepted=accepted, advance=progress.advance) as export,
     ):
-        exported = [exporter.export(shard) for shard in shards]
-    problems = [found.problem for found in exported if found.problem is not None]
+        by_shard = [export.export(shard) for shard in shards]
+    by_sink = [list(exported) for exported in zip(*by_shard, strict=True)]
+    rated, trouble = _rated(rate)
     if as_json:
-        print(json.dumps(_run_document(archive, exported)), flush=True)
-    elif not quiet or any(found.entries for found in exported):
-        print(_run_line(archive, exported), flush=True)
-    for problem in problems:
-        print(f"meterlib: {problem.problem}: {problem}", file=sys.stderr)
-    return INTEGRITY if problems else OK
+        print(json.dumps(_run_document(by_sink) | document_of(rated)), flush=True)
+    for exported in by_sink:
+        if not as_json and (not quiet or any(found.entries or found.aside for found in exported)):
+            print(_run_line(exported), flush=True)
+    if rated.entries and not as_json:
+        print(line_of(rated), flush=True)
+    everything = [found for exported in by_sink for found in exported]
+    found_out = [found.problem for found in everything if found.problem]
+    if isinstance(trouble, IntegrityError) and not found_out:
+        found_out.append(trouble)
+    elif trouble and not quiet and not found_out:
+        raise trouble
+    problems = dict.fromkeys(f"{problem.problem}: {problem}" for problem in found_out)
+    failures = dict.fromkeys(str(found.failure) for found in everything if found.failure)
+    if trouble and not isinstance(trouble, IntegrityError):
+        failures[f"not rated: {trouble}"] = None
+    for told in (*problems, *failures):
+        print(f"meterlib: {told}", file=sys.stderr)
+    if problems:
+        return INTEGRITY
+    return FAILURE if failures else OK
 
 
-def _waiting(store: Store, archive: Archive, shard: int) -> int:
+def _rated(rate: Callable[[], Rated]) -> tuple[Rated, MeterError | OSError | None]:
+    """What was rated, and why no more was."""
+    try:
+        return rate(), None
+    except (MeterError, OSError) as error:
+        return Rated(), error
+
+
+def _waiting(store: Store, sink: Sink[Any], shard: int) -> int:
     """About how many entries an export will read."""
-    with suppress(IntegrityError):  # which the export will tell
-        return max(0, store.head(shard).ledger_last - archive.position(shard).n)
+    with suppress(IntegrityError, SinkError):  # which the export will tell
+        return max(0, store.head(shard).ledger_last - sink.end(shard)[0].n)
     return 0
 
 
-def _run_line(archive: Archive, exported: Sequence[Exported]) -> str:
-    count = sum(found.entries for found in exported)
+def _run_line(exported: Sequence[Exported]) -> str:
+    count, aside = sum(found.entries for found in exported), sum(found.aside for found in exported)
     new = [f"{found.shard}:{found.last}" for found in exported if found.entries]
     upto = f", up to {', '.join(new)}" if new else ""
-    return f"exported {count:,} {'entry' if count == 1 else 'entries'} to {archive.path}{upto}"
+    kept = f"; {aside:,} set aside" if aside else ""
+    return f"exported {count:,} {'entry' if count == 1 else 'entries'} to {exported[0].sink}{upto}{kept}"
 
 
-def _run_document(archive: Archive, exported: Sequence[Exported]) -> dict[str, Any]:
+def _run_document(by_sink: Sequence[Sequence[Exported]]) -> dict[str, Any]:
+    """What the archive has come to, and each further sink under `sinks`."""
+    documents = [_sink_document(exported) for exported in by_sink]
+    first = documents[0]
+    archive = {"archive": first["sink"], **{name: first[name] for name in ("entries", "failure", "shards")}}
+    return archive | {"sinks": documents[1:]}
+
+
+def _sink_document(exported: Sequence[Exported]) -> dict[str, Any]:
+    failures = [str(found.failure) for found in exported if found.failure]
     shards = [
         {
             "shard": found.shard,
@@ -220,7 +310,13 @@ def _run_document(archive: Archive, exported: Sequence[Exported]) -> dict[str, A
         }
         for found in exported
     ]
-    return {"archive": str(archive.path), "entries": sum(found.entries for found in exported), "shards": shards}
+    return {
+        "sink": exported[0].sink,
+        "entries": sum(found.entries for found in exported),
+        "set_aside": sum(found.aside for found in exported),
+        "failure": failures[0] if failures else None,
+        "shards": shards,
+    }
 
 
 def _problem_document(problem: IntegrityError) -> dict[str, Any]:
@@ -230,17 +326,60 @@ def _problem_document(problem: IntegrityError) -> dict[str, Any]:
 # ── status ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _status(archive: Archive, config: Config, arguments: argparse.Namespace) -> int:
+def _status(archive: Archive, sinks: list[Sink[Any]], config: Config, arguments: argparse.Namespace) -> int:
     with opened(config, arguments.config) as store:
         rows = [_status_of(store, archive, shard) for shard in range(store.shards)]
-    problems = [row["problem"] for row in rows if row["problem"] is not None]
+        others = [_sink_status(store, sink) for sink in sinks if sink is not archive]
+    everything = [*rows, *(row for other in others for row in other["shards"])]
+    problems = {row["problem"]["message"]: row["problem"] for row in everything if row["problem"] is not None}
+    failures = [other["failure"] for other in others if other["failure"]]
     if arguments.json:
-        print(json.dumps({"archive": str(archive.path), "shards": rows}, indent=2))
+        print(json.dumps({"archive": str(archive.path), "shards": rows, "sinks": others}, indent=2))
     else:
         _print_status(archive, rows)
-        for problem in problems:
+        for other in others:
+            _print_sink(other)
+        for problem in problems.values():
             print(f"meterlib: {problem['problem']}: {problem['message']}", file=sys.stderr)
-    return INTEGRITY if problems else OK
+        for failure in failures:
+            print(f"meterlib: {failure}", file=sys.stderr)
+    if problems:
+        return INTEGRITY
+    return FAILURE if failures else OK
+
+
+def _sink_status(store: Store, sink: Sink[Any]) -> dict[str, Any]:
+    """How far a sink is; it is not made if it is not there."""
+    rows: list[dict[str, Any]] = []
+    failure = None
+    for shard in range(store.shards):
+        row: dict[str, Any] = {"shard": shard, "exported": 0, "ledger_last": 0, "waiting": 0, "problem": None}
+        try:
+            position, known = sink.end(shard)
+            head = store.head(shard)
+            row |= {"exported": position.n, "ledger_last": max(head.last_number, head.ledger_last)}
+            _, after = Start(shard, position, known, head, store.run).found(None)
+            row["waiting"] = max(0, row["ledger_last"] - after)
+        except IntegrityError as error:
+            row["problem"] = _problem_document(error)
+        except SinkError as error:
+            failure = str(error)
+            break
+        rows.append(row)
+    return {"sink": sink.place, "failure": failure, "shards": rows}
+
+
+def _print_sink(status: dict[str, Any]) -> None:
+    print()
+    print(status["sink"])
+    print()
+    headings = ("exported to", "ledger to", "waiting")
+    columns = [Column("shard", key=True), *(Column(heading, number=True) for heading in headings)]
+    shown = [row for row in status["shards"] if row["ledger_last"] or row["exported"]]
+    print_table(columns, [[str(row["shard"]), *(f"{row[name]:,}" for name in _SINK_COLUMNS)] for row in shown])
+
+
+_SINK_COLUMNS = ("exported", "ledger_last", "waiting")
 
 
 def _ledger_of(head: ShardHead) -> dict[str, int]:
@@ -288,7 +427,7 @@ def _print_status(archive: Archive, rows: Sequence[dict[str, Any]]) -> None:
 # ── compact and trim ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _compact(archive: Archive, config: Config, arguments: argparse.Namespace) -> int:
+def _compact(archive: Archive, sinks: list[Sink[Any]], config: Config, arguments: argparse.Namespace) -> int:
     removed = {shard: archive.compact(shard, pieces_max=1) for shard in archive.shards()}
     files = sum(len(archive.listed(shard)) for shard in archive.shards())
     if arguments.json:
@@ -298,18 +437,36 @@ def _compact(archive: Archive, config: Config, arguments: argparse.Namespace) ->
     return OK
 
 
-def _trim(archive: Archive, config: Config, arguments: argparse.Namespace) -> int:
+def _trim(archive: Archive, sinks: list[Sink[Any]], config: Config, arguments: argparse.Namespace) -> int:
     if arguments.keep < 1:
         raise InvalidInput("--keep", "at least 1 is needed: the next export goes on from the last archived entry")
     removed: dict[int, int] = {}
     with opened(config, arguments.config) as store:
+        check_none_is_missing(store, sinks)
         for shard in range(store.shards):
             since_ms = store.clock_ms(shard) - config.store.retention_ms
             younger = store.start_of(shard, since_ms, store.head(shard)) + 1
-            removed[shard] = trim(archive, store.run, shard, below=younger, keep=arguments.keep)
+            removed[shard] = trim(sinks, store.run, shard, below=younger, keep=arguments.keep)
     if arguments.json:
         shards = [{"shard": shard, "removed": count} for shard, count in removed.items()]
         print(json.dumps({"removed": sum(removed.values()), "shards": shards}))
     else:
-        print(f"{sum(removed.values()):,} entries removed from the store; they are in {archive.path}")
+        places = " and ".join(sink.place for sink in sinks)
+        print(f"{sum(removed.values()):,} entries removed from the store; they are in {places}")
+    return OK
+
+
+def _forget(archive: Archive, sinks: list[Sink[Any]], config: Config, arguments: argparse.Namespace) -> int:
+    with opened(config, arguments.config) as store:
+        known = store.run(flows.known_sinks())
+        if arguments.name is not None and arguments.name not in known:
+            told = ", ".join(map(repr, known)) or "none"
+            raise InvalidInput("NAME", f"the store knows of no {arguments.name!r:.80}, but of {told}")
+        left = known if arguments.name is None else store.run(flows.known_sinks(drop=arguments.name))
+    if arguments.json:
+        print(json.dumps({"known": left}))
+    elif arguments.name is not None:
+        print(f"forgotten: {arguments.name}")
+    else:
+        print("\n".join(left) or "nothing was exported yet")
     return OK

@@ -10,13 +10,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import structlog
 from msgspec.structs import replace
 
 from meterlib.cli.exits import OK
 from meterlib.cli.options import add_config
 from meterlib.config import FILE_NAME, Config
 from meterlib.errors import MeterError, PolicyError, UsageError
+from meterlib.store.telling import Log
 
 if TYPE_CHECKING:
     from meterlib.gateway.app import Gateway
@@ -40,7 +40,7 @@ examples:
 exit codes: 0 stopped as told; 1 could not start; 2 wrong usage or configuration
 """
 WATCH_S = 1.0
-log = structlog.get_logger("meterlib.gateway")
+log = Log("meterlib.gateway")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,12 +76,13 @@ async def _serve(arguments: argparse.Namespace) -> None:
     file = Path(arguments.config or FILE_NAME)
     seen = _stamp(file)
     config = _config(arguments)
+    book = _stamp_of_book(config)
     stopping, changed = asyncio.Event(), asyncio.Event()
     async with Server(gateway_for(config)) as server:
         _on_signals(server.gateway, stopping, changed)
         print(f"meterlib gateway at {server.url}, to {config.gateway.upstream}", file=sys.stderr)
         print(f"  export ANTHROPIC_BASE_URL={server.url}", file=sys.stderr, flush=True)
-        reloading = _Reloading(arguments, file, seen, config, server.gateway)
+        reloading = _Reloading(arguments, file, (seen, book), config, server.gateway)
         watching = asyncio.create_task(reloading.watch(changed))
         await stopping.wait()
         watching.cancel()
@@ -120,16 +121,20 @@ def _stamp(file: Path) -> Stamp:
     return status.st_mtime_ns, status.st_size, status.st_ino
 
 
+def _stamp_of_book(config: Config) -> Stamp:
+    return _stamp(Path(config.billing.book)) if config.billing.book else None
+
+
 class _Reloading:
-    """Reads tenants and limits anew; a file that is wrong, or gone, changes nothing."""
+    """Reads tenants, limits and prices anew; a file that is wrong, or gone, changes nothing."""
 
     def __init__(
-        self, arguments: argparse.Namespace, file: Path, seen: Stamp, config: Config, gateway: Gateway
+        self, arguments: argparse.Namespace, file: Path, seen: tuple[Stamp, Stamp], config: Config, gateway: Gateway
     ) -> None:
         self._arguments = arguments
         self._file = file
         self._seen = seen
-        self._has_file = seen is not None  # without one, the gateway would be open to anyone, and without limits
+        self._has_file = seen[0] is not None  # without one, the gateway would be open to anyone, and without limits
         self._config = config
         self._gateway = gateway
 
@@ -139,23 +144,25 @@ class _Reloading:
             with suppress(TimeoutError):
                 async with asyncio.timeout(WATCH_S):
                     await changed.wait()
-            now = _stamp(self._file)
+            now = (_stamp(self._file), _stamp_of_book(self._config))
             if changed.is_set() or now != self._seen:
                 changed.clear()
                 self._reload(now)
 
-    def _reload(self, now: Stamp) -> None:
-        from meterlib.gateway.assembly import callers_for
+    def _reload(self, now: tuple[Stamp, Stamp]) -> None:
+        from meterlib.gateway.assembly import callers_for, spending_for
 
         self._seen = now
         try:
-            if now is None and self._has_file:
+            if now[0] is None and self._has_file:
                 raise PolicyError("", f"{self._file} is gone")
             config = _config(self._arguments)
-            self._has_file = now is not None
-            self._gateway.reload(config.gateway, callers_for(config), config.policy)
+            self._has_file = now[0] is not None
+            self._gateway.reload(config.gateway, callers_for(config), config.policy, spending_for(config))
         except (MeterError, OSError) as error:
             log.error("configuration.refused", error=str(error), kept="the settings from before")
             return
         if config.store != self._config.store:
             log.warning("setting.needs_restart", setting="store")
+        self._config = config
+        self._seen = (now[0], _stamp_of_book(config))

@@ -1,36 +1,55 @@
-"""`meterlib ledger show`: the raw entries."""
+"""`meterlib ledger`: the raw entries, and another epoch for a ledger that lost some."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from typing import Any
 
+from meterlib.billing.fork import Loss, Side, fork, loss_of
 from meterlib.billing.report import Report
-from meterlib.cli.exits import OK
+from meterlib.cli.exits import FAILURE, OK
 from meterlib.cli.options import add_config, add_json, whole_number
+from meterlib.cli.sinks import check_none_is_missing, opened_sinks
 from meterlib.cli.store import Store, opened
 from meterlib.config import Config
 from meterlib.core.checks import check_tenant
 from meterlib.core.ledger import LedgerEntry, encode
 from meterlib.errors import InvalidInput
+from meterlib.store.flows import NewEpoch
 
 HELP = """\
 The raw ledger entries. `meterlib ledger show` prints them, shard by shard and in
-the order in which they were booked; they are never edited.
+the order in which they were booked; they are never edited. `meterlib ledger fork`
+lets the export go on after a server lost entries that were exported from it.
 ---
 examples:
   meterlib ledger show --tenant acme --limit 20
   meterlib ledger show --json | jq -r 'select(.kind == "late").reservation_id'
   meterlib ledger show --json --shard 3 --after 1200      what came since then
+  meterlib ledger fork --shard 3                          what is lost, and a question
 
-exit codes: 0 ok; 1 the store failed; 2 wrong usage or configuration
+exit codes: 0 ok; 1 the store or a sink failed; 2 wrong usage or configuration;
+5 what was exported does not agree with itself
 """
 SHOW_HELP = """\
 Print ledger entries: shard:number, when it was booked (UTC), kind, tenant, model,
 tokens, and the reservation's id. With --json each is one JSON object a line:
 shard, n, kind, reservation_id, tenant, attributes, funding, usage (in the Claude
 API's own names), quality, reserved_at and booked_at (ms since 1970), …
+"""
+FORK_HELP = """\
+When a server lost its last entries (a crash, a failover, a restored backup), the
+export of that shard stops: the archive has entries that the store has not, and
+their numbers would be given again. This shows what is only in the archive and
+what is only in the store, and asks; then it begins another epoch of the ledger.
+
+What was exported stays true, and is billed as it is. Entries that are only in
+the store get new numbers, behind all that were ever given, and are exported by
+the next `meterlib export run`, which needs no further option. Nothing is dropped.
 """
 
 _TOKENS = {
@@ -43,7 +62,24 @@ _TOKENS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `meterlib ledger`."""
-    actions = parser.add_subparsers(dest="action", metavar="show", required=True)
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    _add_show(actions)
+    forking = actions.add_parser(
+        "fork",
+        help="begin another epoch of a ledger that lost exported entries",
+        description=FORK_HELP,
+        epilog=HELP.partition("\n---\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    forking.add_argument("--shard", type=whole_number, metavar="N", required=True, help="whose ledger")
+    forking.add_argument("--archive", metavar="DIR", help="another archive than that of the settings")
+    forking.add_argument("--yes", action="store_true", help="do not ask")
+    add_json(forking)
+    add_config(forking)
+
+
+def _add_show(actions: Any) -> None:
     show = actions.add_parser(
         "show",
         help="print the entries",
@@ -61,8 +97,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print entries; returns the exit code."""
+    """Do what is asked for; returns the exit code."""
     config = Config.find(arguments.config)
+    return _fork(config, arguments) if arguments.action == "fork" else _show(config, arguments)
+
+
+def _show(config: Config, arguments: argparse.Namespace) -> int:
     if arguments.tenant is not None:
         check_tenant(arguments.tenant)
     with opened(config, arguments.config) as store:
@@ -119,3 +159,78 @@ def line_of(entry: LedgerEntry) -> str:
         entry.reservation_id,
     ]
     return "  ".join(word for word in words if word)
+
+
+# ── fork ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _fork(config: Config, arguments: argparse.Namespace) -> int:
+    shard = arguments.shard
+    with opened(config, arguments.config) as store, opened_sinks(config, arguments.archive) as (_, sinks):
+        if shard >= store.shards:
+            raise InvalidInput("--shard", f"the store has shards 0 to {store.shards - 1}, and no {shard}")
+        check_none_is_missing(store, sinks)
+        loss = loss_of(sinks, store.run, shard)
+        if loss is None:
+            raise InvalidInput("--shard", f"nothing is lost: the ledger of shard {shard} continues what was exported")
+        if not arguments.json:
+            _print_loss(loss)
+        if not arguments.yes and not _confirmed(loss):
+            print("meterlib: nothing was changed", file=sys.stderr)
+            return FAILURE
+        begun = fork(loss, store.run)
+    print(json.dumps(_fork_document(loss, begun)) if arguments.json else _fork_line(loss, begun))
+    return OK
+
+
+def _confirmed(loss: Loss) -> bool:
+    if not sys.stdin.isatty():
+        raise InvalidInput("--yes", "is needed where there is no terminal to ask at; nothing was changed")
+    print(f"Begin another epoch of shard {loss.shard}? [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _print_loss(loss: Loss) -> None:
+    print(f"{loss.problem.problem}: {loss.problem}")
+    kept = f"{loss.shard}:{loss.kept.n}" if loss.kept.n else "none"
+    print(f"\nlast entry that is the same on both sides: {kept}")
+    _print_side("exported, and not in the store any more; they stay as they are", loss.shard, loss.lost)
+    _print_side("in the store, and never exported; they get new numbers", loss.shard, loss.unexported)
+    if loss.twice:
+        told = ", ".join(loss.twice[:5]) + (", …" if len(loss.twice) > 5 else "")
+        print(f"\n{len(loss.twice):,} reservations are on either side, and would be billed twice: {told}")
+        print("look at them once this is done, and book a correction (adjust) of one entry of each")
+    print()
+
+
+def _print_side(what: str, shard: int, side: Side) -> None:
+    numbers = f", {shard}:{side.first}-{side.last}" if side.count else ""
+    print(f"\n{side.count:,} {'entry' if side.count == 1 else 'entries'} {what}{numbers}")
+    for entry in side.shown:
+        print(f"  {line_of(entry)}")
+    if side.count > len(side.shown):
+        print("  …")
+
+
+def _fork_line(loss: Loss, begun: NewEpoch) -> str:
+    last = begun.first + begun.moved - 1
+    moved = f"; {begun.moved:,} entries are {loss.shard}:{begun.first}-{last} now" if begun.moved else ""
+    return f"shard {loss.shard} goes on as epoch {begun.epoch}, from number {begun.first} on{moved}"
+
+
+def _fork_document(loss: Loss, begun: NewEpoch) -> dict[str, Any]:
+    sides = {
+        name: {"count": side.count, "first": side.first, "last": side.last}
+        for name, side in (("lost", loss.lost), ("unexported", loss.unexported))
+    }
+    return {
+        "shard": loss.shard,
+        "problem": loss.problem.problem,
+        "exported": {"epoch": loss.exported.epoch, "n": loss.exported.n},
+        "kept": loss.kept.n,
+        **sides,
+        "twice": loss.twice,
+        "epoch": begun.epoch,
+        "first": begun.first,
+        "moved": begun.moved,
+    }

@@ -22,6 +22,7 @@ from meterlib.config import Config
 from meterlib.core.checks import check_attributes, check_tenant
 from meterlib.core.decisions import LimitState
 from meterlib.core.policy import Limit
+from meterlib.core.usd import COST, usd
 from meterlib.errors import InvalidInput
 
 HELP = """\
@@ -31,7 +32,8 @@ it is given back, and when all of it is if nobody uses more. Changes nothing.
 
 A limit has a quota of its own for each combination of the attributes it is `per`;
 all that the store knows at this moment are shown. With --attribute, the limits
-that such a call would touch are shown instead.
+that such a call would touch are shown instead. Limits over cost_nanousd are shown
+in US dollars; with --json, all numbers are whole ones of the limit's unit.
 ---
 examples:
   meterlib limits acme
@@ -143,9 +145,12 @@ def _print_table(config: Config, tenant: str, lines: Sequence[Line]) -> None:
 
 def _cells(line: Line) -> list[str]:
     state = line.state
-    name = state.name if state.unit in ("requests", state.name) else f"{state.name} ({state.unit})"
+    in_dollars = state.unit == COST
+    unit = "USD" if in_dollars else state.unit
+    name = state.name if unit in ("requests", state.name) else f"{state.name} ({unit})"
     partition = "any" if line.partition is None else ", ".join(f"{k}={v}" for k, v in line.partition.items()) or "all"
-    numbers = [f"{number:,}" for number in (state.quota, state.used, state.held, state.remaining)]
+    counts = (state.quota, state.used, state.held, state.remaining)
+    numbers = [usd(count) if in_dollars else f"{count:,}" for count in counts]
     frees = "all then" if state.frees_at_ms == state.resets_at_ms else _when(state.frees_at_ms, state.now_ms)
     resets = _when(state.resets_at_ms, state.now_ms)
     return [name, partition, *numbers, "-" if resets == "-" else frees, resets]

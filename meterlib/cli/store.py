@@ -56,7 +56,15 @@ class Store:
     def start_of(self, shard: int, since_ms: int, head: ShardHead) -> int:
         """The number to read behind so as to see all that was booked from `since_ms` on, and one entry before it.
 
-        Entries are in order of time, so it is found in a few steps; the entry before shows that none is missing there.
+        The entry before shows that none is missing there.
+        """
+        before = self.first_since(shard, since_ms, head) - 1
+        return max(0, before - 1) if before >= head.ledger_first else 0
+
+    def first_since(self, shard: int, since_ms: int, head: ShardHead) -> int:
+        """The number of the first entry that was booked at `since_ms` or later; behind the last one if none was.
+
+        Entries are in order of time, so it is found in a few steps.
         """
         low, high = max(1, head.ledger_first), head.ledger_last + 1
         while low < high:
@@ -66,8 +74,7 @@ class Store:
                 low = found[0].n + 1
             else:
                 high = middle
-        before = low - 1
-        return max(0, before - 1) if before >= head.ledger_first else 0
+        return low
 
     def clock_ms(self, shard: int) -> int:
         """A shard's own time, in ms since 1970 UTC.

@@ -12,7 +12,10 @@ from typing import Any
 import msgspec
 
 from meterlib.billing.archive import Archive
+from meterlib.billing.pieces import RatedFiles
 from meterlib.billing.verify import Known, ShardVerdict, verify
+from meterlib.billing.verify_rated import RatedVerdict, marks_of, verify_rated
+from meterlib.cli import bundles
 from meterlib.cli.exits import INTEGRITY, OK
 from meterlib.cli.options import add_json
 from meterlib.cli.progress import Progress
@@ -21,7 +24,13 @@ from meterlib.errors import InvalidInput
 HELP = """\
 Check an archive from its files alone: that no file is damaged, missing, renamed
 or out of place, that entries follow each other without a gap, that each is the
-one that was exported, and that sums and columns are what the entries say.
+one that was exported, and that sums and columns are what the entries say. Then
+that rated rows are of what these entries used, each price times its quantity is
+its cost, customers' prices follow from the list price by the terms, what was
+rated again takes back what stood, and closed periods still come to the same.
+
+Of a bundle (`meterlib report invoice --bundle`), who got it checks its invoice:
+every digest, product, price and sum, from the one file alone.
 
 It prints the digest of each shard's entries. Files alone cannot tell that the
 newest of them were taken away, or that all were made anew; whoever keeps what
@@ -29,6 +38,7 @@ newest of them were taken away, or that all were made anew; whoever keeps what
 ---
 examples:
   meterlib verify meterlib-archive
+  meterlib verify invoice.zip                              the bill adds up
   meterlib verify meterlib-archive --json > october.json
   meterlib verify meterlib-archive --known october.json    all of October is there
 
@@ -39,7 +49,7 @@ with the archive, and named
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `meterlib verify`."""
-    parser.add_argument("archive", metavar="ARCHIVE", help="the archive's folder")
+    parser.add_argument("archive", metavar="ARCHIVE", help="the archive's folder, or an invoice bundle")
     parser.add_argument("--known", metavar="FILE", help="what an earlier check printed with --json")
     add_json(parser)
 
@@ -47,21 +57,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Check an archive; returns the exit code."""
     path = Path(arguments.archive)
+    if path.is_file():
+        if arguments.known is not None:
+            raise InvalidInput("--known", f"is about archives, and {path} is an invoice bundle")
+        return bundles.check(path, arguments.json)
     if not path.is_dir():
         raise InvalidInput("ARCHIVE", f"there is no folder {path}")
     known = _known(arguments.known)
     with Archive(path) as archive:
         total = sum(segment.last - segment.first + 1 for shard in archive.shards() for segment in archive.listed(shard))
         with Progress("checking entries", total) as progress:
-            verdicts = verify(archive, known, progress.advance)
+            verdicts = verify(archive, known, progress.advance, marks_of(archive))
+        rated_files = RatedFiles(archive)
+        listed = [file.segment for shard in rated_files.shards() for file in rated_files.listed(shard)]
+        with Progress("checking rated entries", sum(one.last - one.first + 1 for one in listed)) as progress:
+            rated = verify_rated(archive, progress.advance)
     if not verdicts:
         raise InvalidInput("ARCHIVE", f"{path} is no archive: it has no shard-0000 or the like")
-    problems = [problem for verdict in verdicts for problem in verdict.problems]
+    problems = [*(problem for verdict in verdicts for problem in verdict.problems), *rated.problems]
     if arguments.json:
         document = {"archive": str(path), "ok": not problems, "shards": msgspec.to_builtins(verdicts)}
+        document["rated"] = msgspec.to_builtins(rated)
         print(json.dumps(document, indent=2))
     else:
-        _print(path, verdicts)
+        _print(path, verdicts, rated)
     for problem in problems:
         print(f"meterlib: {problem}", file=sys.stderr)
     return INTEGRITY if problems else OK
@@ -77,7 +96,7 @@ def _known(file: str | None) -> list[Known]:
         raise InvalidInput("--known", f"{file} is not what `meterlib verify --json` prints: {error}") from None
 
 
-def _print(path: Path, verdicts: Sequence[ShardVerdict]) -> None:
+def _print(path: Path, verdicts: Sequence[ShardVerdict], rated: RatedVerdict) -> None:
     for verdict in verdicts:
         state = f"{len(verdict.problems)} problems" if verdict.problems else "ok"
         print(
@@ -90,6 +109,12 @@ def _print(path: Path, verdicts: Sequence[ShardVerdict]) -> None:
             print(f"  lost for good, by decision of whoever exported: {', '.join(verdict.gaps)}")
         if verdict.unknown:
             print(f"  no column is made of: {', '.join(verdict.unknown)}")
-    wrong = sum(len(verdict.problems) for verdict in verdicts)
+    if rated.files:
+        state = f"{len(rated.problems)} problems" if rated.problems else "ok"
+        unpriced = f", {rated.unpriced:,} without a price" if rated.unpriced else ""
+        print(f"rated rows: {state}, {rated.rows:,} in {rated.files} files{unpriced}; {rated.reratings} re-ratings")
+    if rated.closes:
+        print(f"closed periods: {', '.join(rated.closes)}")
+    wrong = sum(len(verdict.problems) for verdict in verdicts) + len(rated.problems)
     entries = sum(verdict.entries for verdict in verdicts)
     print(f"{'PROBLEMS: ' + str(wrong) if wrong else 'ok'}: {entries:,} entries of {len(verdicts)} shards in {path}")

@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meterlib import LedgerEntry
-from meterlib.billing.archive import Archive, Position
+from meterlib.billing.archive import Archive
 from meterlib.billing.lines import Lines
 from meterlib.billing.rows import COUNTS, MADE, VERBATIM, chained, entry_from, fields_of, first_link
 from meterlib.billing.segments import Segment
+from meterlib.billing.sinks import Position
 from meterlib.core.ledger import CallFacts, Outcome, encode, entry_of
 from meterlib.errors import IntegrityError, UsageError
 from tests.billing.exporting import Books
@@ -90,7 +91,7 @@ def archived(folder: Path, page: list[tuple[int, dict[bytes, bytes]]]) -> tuple[
     draft = archive.draft(0, "1790000000000", page[0][0], Position("", 0, first_link(0)))
     lines = Lines()
     draft.add(lines.of(page), lines.unknown)
-    return archive, archive.seal(duckdb.connect(), draft)
+    return archive, archive.seal(draft)
 
 
 @given(entries=st.lists(stored(), min_size=1, max_size=5))

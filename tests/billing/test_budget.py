@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from meterlib.billing.budget import CostTable, CostTables
 from meterlib.billing.compiled import cases
-from meterlib.billing.measures import variant_of
+from meterlib.billing.measures import passes_of_usage, variant_of
 from meterlib.billing.price_files import parse_book
 from meterlib.billing.prices import BEGINNING_MS, END_MS, PriceBooks, Rate
 from meterlib.billing.rated import RatedRow, Totals
@@ -65,6 +65,19 @@ def test_known_costs(model: str, usage: Usage, cost: int) -> None:
 def test_a_cost_that_is_not_known_is_none(model: str, usage: Usage) -> None:
     """None is not 0: a limit then goes on counting what was held for the call."""
     assert CostTable(claude()).cost_nanousd(model, usage, at_ms=NOW) is None
+
+
+@pytest.mark.parametrize("usage", [{"requests": 0, "amounts": {"denied_rpm": 3}}, {"amounts": {"x": 1}}])
+def test_what_is_no_call_has_nothing_to_be_priced(usage: dict[str, object]) -> None:
+    """Counts of the caller's own, such as of denials."""
+    assert () == passes_of_usage(usage, "anthropic", "claude-sonnet-4-5")
+
+
+def test_how_many_calls_an_entry_stands_for_has_no_price() -> None:
+    """Of many that were admitted locally the tokens are priced, and not their number."""
+    (told,) = passes_of_usage({"requests": 7, "input_tokens": 5, "output_tokens": 5}, "anthropic", "claude-sonnet-4-5")
+
+    assert ((5, 5, 0, 0, 0, 0, 0, 0, 0, 0), "") == (told.amounts, told.unknown)
 
 
 def test_an_estimate_counts_what_is_known() -> None:
@@ -159,7 +172,7 @@ def test_ways_of_service_have_one_name(tier: str | None, speed: str | None, vari
 
 def test_tenants_of_the_same_terms_share_a_table() -> None:
     """However many tenants there are, there are no more tables than terms."""
-    tables = CostTables(books(), {"acme": TERMS, "globex": LIST, "initech": LIST}.__getitem__)
+    tables = CostTables(books(), {"acme": TERMS, "globex": LIST, "initech": LIST}.__getitem__, "billed")
     assert tables.of("globex", "hosted") is tables.of("initech", "hosted")
     cost = {
         tenant: tables.of(tenant, "hosted").cost_nanousd("plain", used(input_tokens=1000), at_ms=NOW)

@@ -427,7 +427,7 @@ def test_whatever_dies_when_the_archive_has_each_entry_once(
                 archive.compact(0, pieces_max=1)
         elif action == "trim":
             with books.archive() as archive:
-                trim(archive, books.run, 0, below=2**53 - 1, keep=1)
+                trim([archive], books.run, 0, below=2**53 - 1, keep=1)
         else:
             with pytest.MonkeyPatch.context() as patched:
                 dies(patched, action)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from collections.abc import Callable
@@ -10,12 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import msgspec
 import pytest
 
+from meterlib import LedgerEntry
 from meterlib.billing.archive import Archive
+from meterlib.billing.pieces import sums_of
+from meterlib.billing.reposts import Manifest, encoded
 from meterlib.billing.segments import KEY
 from meterlib.billing.verify import Known, ShardVerdict, verify
+from meterlib.billing.verify_rated import verify_rated
+from meterlib.cli import main
 from tests.billing.exporting import Books
+from tests.billing.money import at_ms, entry, tokens
+from tests.billing.posting import DEARER, Ledgers
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +205,218 @@ def test_forged_metadata_is_found(copy: Path) -> None:
         forged(files(copy)[2], "SELECT 1", lambda told, find=find, put=put: told.replace(find, put))  # type: ignore[misc]
 
         assert verdict(copy).problems
+
+
+# ── Rated rows ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def rated(tmp_path_factory: pytest.TempPathFactory) -> Ledgers:
+    """Calls of several kinds, a correction, a fee, and a re-rating of most of it."""
+    ledgers = Ledgers(tmp_path_factory.mktemp("rated"))
+    call = ledgers.call("2026-10-08", "steep", tokens(input_tokens=90_000, output_tokens=7))
+    ledgers.call("2026-10-09", usage=tokens(input_tokens=1_000, cache_read_input_tokens=5_000))
+    ledgers.call("2026-10-09", usage=tokens(input_tokens=1_000), funding="own")
+    ledgers.call("2026-10-09", "nobody's", usage=tokens(input_tokens=1_000))
+    ledgers.correction(call, at_ms("2026-10-10"), {"input_tokens": 20_000})
+    ledgers.call("2026-10-11", usage=tokens(input_tokens=3), tenant="globex")
+    ledgers.rate()
+    ledgers.rate_again(DEARER)
+    return ledgers
+
+
+@pytest.fixture
+def rated_copy(rated: Ledgers, tmp_path: Path) -> Ledgers:
+    """The same, to be spoilt."""
+    ledgers = Ledgers(tmp_path, client=rated.client)
+    shutil.copytree(rated.path, ledgers.path)
+    return ledgers
+
+
+def rated_files(path: Path, folder: str = "shard-0000") -> list[Path]:
+    return sorted((path / "rated" / folder).rglob("*.parquet"))
+
+
+def forged_rated(file: Path, change: str) -> None:
+    """Change rows of a file of rated rows, with the sums and the name that go with them."""
+    database = duckdb.connect()
+    told: Any = database.execute(f"SELECT value FROM parquet_kv_metadata('{file}') WHERE key = '{KEY}'").fetchone()
+    database.execute(f"CREATE TABLE rated AS FROM '{file}'")
+    database.execute(change)
+    facts = json.loads(told[0])
+    sums = sums_of(database, "rated")
+    if isinstance(facts, dict):
+        facts["sums"] = sums
+    scratch = file.with_name("scratch")
+    database.execute(f"COPY rated TO '{scratch}' (FORMAT parquet, KV_METADATA {{{KEY}: '{json.dumps(facts)}'}})")
+    digest = sha256(scratch.read_bytes()).hexdigest()[:16]
+    name = f"{file.name[:-24]}{digest}.parquet"
+    scratch.rename(file.with_name(name))
+    manifest_file = file.with_name("manifest.json")
+    if manifest_file.exists():
+        manifest = msgspec.json.decode(manifest_file.read_bytes(), type=Manifest)
+        others = {one: held for one, held in manifest.files.items() if one != file.name}
+        changed = msgspec.structs.replace(manifest, files=dict(sorted({**others, name: sums}.items())), digest="")
+        manifest_file.write_bytes(encoded(changed.sealed()))
+    file.unlink()
+
+
+def test_rated_rows_are_what_they_say(rated: Ledgers) -> None:
+    """Every product, every price from its list price, every row from its entry."""
+    with rated.archive() as archive:
+        found = verify_rated(archive)
+
+    assert ([], 4, 1) == (found.problems, found.files, found.reratings)
+    assert (len(rated.rows()), 1) == (found.rows, found.unpriced)
+
+
+def test_a_bit_of_a_rated_file_that_flipped_anywhere_is_found(rated_copy: Ledgers) -> None:
+    """Those of first ratings, of re-ratings, and the manifest."""
+    chance = random.Random(23)
+    folder = rated_copy.path / "rated"
+    for file in [*rated_files(rated_copy.path)[:1], *(folder / "rating-0001").iterdir()]:
+        data = file.read_bytes()
+        for at in [0, len(data) - 1, *chance.sample(range(len(data)), 2)]:
+            spoilt = bytearray(data)
+            spoilt[at] ^= 1 << chance.randrange(8)
+            file.write_bytes(spoilt)
+
+            assert any(file.name in problem or "rated" in problem for problem in rated_copy.problems())
+        file.write_bytes(data)
+    assert [] == rated_copy.problems()
+
+
+COST = "UPDATE rated SET list_cost = list_cost + 0.000000000001 WHERE"
+ONE_PRICE = """
+UPDATE rated SET list_price = 0.2, contracted_price = 0.18025, billed_price = 0.18025, upstream_price = 0.186,
+    list_cost = quantity * 0.0000002, contracted_cost = quantity * 0.00000018025,
+    billed_cost = quantity * 0.00000018025, upstream_cost = quantity * 0.000000186
+WHERE n = 1 AND token_type = 'input'
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (f"{COST} n = 1 AND token_type = 'output'", "line 1 of entry 0:1 does not cost its price times its quantity"),
+        ("UPDATE rated SET per = 1000 WHERE n = 2", "does not cost its price times its quantity"),
+        ("UPDATE rated SET quantity = quantity + 1, posting = 1 WHERE n = 4", "entry 0:4 are not of what it used"),
+        ("UPDATE rated SET tenant = 'globex' WHERE n = 4", "entry 0:4 are not of what it used"),
+        ("UPDATE rated SET model = 'steep' WHERE n = 2", "entry 0:2 are not of what it used"),
+        ("UPDATE rated SET at_ms = at_ms + 1 WHERE n = 2", "entry 0:2 are not of what it used"),
+        ("UPDATE rated SET quality = 'partial' WHERE n = 3", "entry 0:3 are not of what it used"),
+        ("DELETE FROM rated WHERE n = 2 AND token_type = 'cache_read'", "entry 0:2 are not of what it used"),
+        ("INSERT INTO rated SELECT * FROM rated WHERE n = 2", "of entry 0:2 is there twice"),
+        ("INSERT INTO rated SELECT * REPLACE (line + 64 AS line) FROM rated WHERE n = 4", "not of what it used"),
+        ("UPDATE rated SET unpriced = '', currency = 'USD' WHERE n = 4", "is priced and unpriced at once"),
+        ("UPDATE rated SET unpriced = 'free' WHERE n = 2", "is priced and unpriced at once"),
+        ("UPDATE rated SET posting = -1 WHERE n = 2", "has a line that no rating makes"),
+        ("UPDATE rated SET n = 77 WHERE n = 4", "is of an entry that is none of the file's"),
+        ("UPDATE rated SET shard = 3 WHERE n = 4", "is of an entry that is none of the file's"),
+        ("UPDATE rated SET booked_at_ms = booked_at_ms - 1 WHERE n = 4", "was booked at another time than it says"),
+        ("UPDATE rated SET touches_ms = 1 WHERE n = 4", "was booked at another time than it says"),
+        (ONE_PRICE, "entry 0:5 has another price for input than others by rate"),
+        (
+            "UPDATE rated SET contracted_price = 2, billed_price = 2, contracted_cost = quantity * 0.000002,"
+            " billed_cost = quantity * 0.000002 WHERE n = 2 AND token_type = 'input'",
+            "a price of entry 0:2 is not that of the terms of tenant 'acme'",
+        ),
+        (
+            "UPDATE rated SET contracted_price = 2, billed_price = 2, contracted_cost = quantity * 0.000002,"
+            " billed_cost = quantity * 0.000002 WHERE charge = 'platform_fee'",
+            "a price of entry 0:3 is not that of the terms of tenant 'acme'",
+        ),
+        ("UPDATE rated SET billed_price = 3, billed_cost = list_cost WHERE n = 3 AND line = 0", "its funding"),
+    ],
+)
+def test_a_forged_rated_row_is_found(rated_copy: Ledgers, change: str, told: str) -> None:
+    """By somebody who knows how names and sums are made; the entry is named."""
+    file = rated_files(rated_copy.path)[0]
+    forged_rated(file, change)
+
+    problems = rated_copy.problems()
+
+    assert problems
+    assert told in problems[0]
+    assert "/rated/shard-0000/" in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("DELETE FROM rated WHERE n = 2 AND posting = -1", "entry 0:2 is posted anew with another quantity"),
+        ("UPDATE rated SET reverses = 5 WHERE n = 2 AND posting = -1", "does not take back what stood"),
+        (
+            "UPDATE rated SET quantity = 2 * quantity, list_cost = 2 * list_cost,"
+            " contracted_cost = 2 * contracted_cost, billed_cost = 2 * billed_cost,"
+            " upstream_cost = 2 * upstream_cost WHERE n = 2 AND posting = -1",
+            "does not take back what stood",
+        ),
+        ("UPDATE rated SET line = line + 16777216 WHERE n = 2", "has a line that no rating makes"),
+        (f"{COST} n = 2 AND posting = 1", "does not cost its price times its quantity"),
+    ],
+)
+def test_a_forged_row_of_a_re_rating_is_found(rated_copy: Ledgers, change: str, told: str) -> None:
+    """What is taken back has to have stood, and to be of the same usage."""
+    forged_rated(rated_files(rated_copy.path, "rating-0001")[0], change)
+
+    assert any(told in problem for problem in rated_copy.problems()), rated_copy.problems()
+
+
+def test_rated_files_out_of_their_place_are_named(rated_copy: Ledgers) -> None:
+    """Missing, doubled, of another archive, or of entries that are gone."""
+    first, second = rated_files(rated_copy.path)
+    (rated_copy.path / "rated" / "shard-0000" / "a copy.parquet").write_bytes(first.read_bytes())
+    assert any("a copy.parquet is not the name of a file" in problem for problem in rated_copy.problems())
+    (rated_copy.path / "rated" / "shard-0000" / "a copy.parquet").unlink()
+
+    data = first.read_bytes()
+    first.unlink()
+    assert any("rated rows up to entry 0:4: it is missing" in problem for problem in rated_copy.problems())
+    first.write_bytes(data)
+
+    newest = sorted((rated_copy.path / "shard-0000").iterdir())[-1]
+    newest.unlink()
+    problems = rated_copy.problems()
+    assert any(second.name in problem and "other entries than those up to 0:6" in problem for problem in problems)
+    assert any(second.name in problem and "does not have all of its entries 0:5-6" in problem for problem in problems)
+
+    shutil.rmtree(rated_copy.path / "rated" / "rating-0001")
+    (rated_copy.path / "rated" / "rating-0002").mkdir()
+    assert any("rating-0001 is missing" in problem for problem in rated_copy.problems())
+
+
+def test_entries_that_were_made_anew_do_not_go_with_the_old_rows(rated_copy: Ledgers) -> None:
+    """Rows carry the digest of all entries up to theirs, so an archive with other ones is found out."""
+    other = Ledgers(rated_copy.path.parent.parent / f"{rated_copy.path.parent.name}-other")
+    other.path.parent.mkdir()
+    for one in rated_copy_entries():
+        other.add([msgspec.structs.replace(one, reservation_id="another")])
+    other.export()
+    shutil.rmtree(rated_copy.path / "shard-0000")
+    shutil.copytree(other.path / "shard-0000", rated_copy.path / "shard-0000")
+
+    assert any("other entries than those up to 0:4" in problem for problem in rated_copy.problems())
+
+
+def rated_copy_entries() -> list[LedgerEntry]:
+    return [entry("plain", tokens(input_tokens=n), f"2026-10-{n:02}") for n in range(1, 7)]
+
+
+def test_verify_ends_with_5_and_names_what_is_wrong_with_rated_rows(
+    rated_copy: Ledgers, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command that a customer runs."""
+    assert 0 == main(["verify", str(rated_copy.path)])
+    told = capsys.readouterr().out
+    assert f"rated rows: ok, {len(rated_copy.rows()):,} in 4 files, 1 without a price; 1 re-ratings\n" in told
+    forged_rated(rated_files(rated_copy.path)[0], f"{COST} n = 1 AND token_type = 'output'")
+
+    assert 5 == main(["verify", str(rated_copy.path), "--json"])
+
+    ran = capsys.readouterr()
+    assert "line 1 of entry 0:1 does not cost its price times its quantity" in ran.err
+    assert json.loads(ran.out)["rated"]["problems"]
 
 
 def test_an_export_does_not_go_on_from_a_damaged_file(exported: Books, tmp_path: Path) -> None:

@@ -453,8 +453,8 @@ def test_the_table_of_limits_says_when_each_is_free_again(meter: Meter, run: Run
     (opus,) = (line for line in columns if line[0] == "opus (input_tokens)")
     assert ["all", "50,000", "60,000", "0", "0", "all then"] == opus[1:7]
     assert re.fullmatch(r"in [45] h( \d+ min)? \(.*\)", opus[7])
-    (budget,) = (line for line in columns if line[0] == "budget (cost_nanousd)")
-    assert ["all", "1,000,000", "1", "0", "999,999"] == budget[1:6]
+    (budget,) = (line for line in columns if line[0] == "budget (USD)")
+    assert ["all", "$0.0010", "$0.000000001", "$0.00", "$0.0010"] == budget[1:6]
     assert "Used above the quota is debt" in ran.out
 
 

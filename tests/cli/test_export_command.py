@@ -62,7 +62,8 @@ def test_a_run_tells_what_it_exported(books: Books, run: Run) -> None:
 
     ran = run("export", "run")
 
-    assert (0, f"exported 6 entries to {books.path}, up to 0:6\n", "") == ran
+    rated = "rated 6 entries; rows without a price: opus (12)\n"
+    assert (0, f"exported 6 entries to {books.path}, up to 0:6\n{rated}", "") == ran
     assert books.booked() == books.archived()
     assert f"exported 0 entries to {books.path}\n" == run("export", "run").out
     books.book()
@@ -138,6 +139,33 @@ def test_the_status_says_what_waits(books: Books, run: Run) -> None:
     books.client.flushall()
     gone = run("export", "status")
     assert (5, True) == (gone.code, "regress" in gone.err)
+
+
+def test_a_run_rates_what_it_exported_unless_it_is_told_not_to(books: Books, run: Run) -> None:
+    """Bills can be made at once; and what was left is rated by the next run, or by `meterlib rate`."""
+    books.book(3)
+    document = run("export", "run", "--json").json
+    assert (3, {"opus": 6}) == (document["rated"], document["unpriced"])
+    books.book(3)
+
+    assert f"exported 3 entries to {books.path}, up to 0:6\n" == run("export", "run", "--no-rate").out
+
+    assert "rated 3 entries" in run("rate").out
+    assert f"exported 0 entries to {books.path}\n" == run("export", "run").out
+
+
+def test_a_price_book_that_is_not_acceptable_does_not_stop_the_export(books: Books, run: Run) -> None:
+    """Entries are safe, and whoever is to mend the book is told which it is."""
+    books.book(3)
+    with books.settings.open("a") as settings:
+        settings.write('book = "nowhere.toml"\n')
+
+    ran = run("export", "run")
+
+    assert 2 == ran.code
+    assert "exported 3 entries" in ran.out
+    assert "nowhere.toml cannot be read" in ran.err
+    assert books.booked() == books.archived()
 
 
 def test_compact_joins_short_files(books: Books, run: Run) -> None:
@@ -289,8 +317,10 @@ def test_following_goes_on_until_it_is_told_to_stop(books: Books) -> None:
         assert following.stdout is not None
         assert following.stderr is not None
         assert f"exported 3 entries to {books.path}, up to 0:3\n" == following.stdout.readline()
+        assert "rated 3 entries; rows without a price: opus (6)\n" == following.stdout.readline()
         books.book(2)
         assert f"exported 2 entries to {books.path}, up to 0:5\n" == following.stdout.readline()
+        assert "rated 2 entries; rows without a price: opus (4)\n" == following.stdout.readline()
         following.send_signal(signal.SIGTERM)
         assert (0, "") == (following.wait(30), following.stderr.read())
     assert books.booked() == books.archived()

@@ -1,0 +1,108 @@
+"""Reports from the archive as tables of text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from decimal import Decimal
+from typing import TextIO
+
+from meterlib.billing.answers import Answer, Totals, Value
+from meterlib.billing.answers import Column as Told
+from meterlib.billing.denied import Denied
+from meterlib.billing.query import COSTS
+from meterlib.cli.report_live import ALWAYS_SHOWN, HEADINGS
+from meterlib.cli.tables import Column, print_table
+from meterlib.cli.times import at_text
+
+AT_LEAST = "at least "
+_ALWAYS = {
+    "usage": ("quantity", *ALWAYS_SHOWN),
+    "cost": ("quantity", *COSTS, "margin"),
+    "limits": ("calls", "over", "overrun_percent", "median", "p95", "expired", "tokens_at_risk"),
+}
+_HEADINGS = {
+    **HEADINGS,
+    "unsplit_cache_creation_input_tokens": "write unsplit",
+    **{cost: cost.removesuffix("_cost") for cost in COSTS},
+    "overrun_percent": "overrun %",
+    "tokens_at_risk": "tokens at risk",
+}
+_MONEY_DIGITS = 2
+
+
+def print_answer(out: TextIO, report: str, answer: Answer) -> None:
+    """Print a title and a table; columns that are 0 everywhere are left out, but for those that are always there."""
+    with redirect_stdout(out):
+        print(title_of(report, answer))
+        print()
+        rows = list(answer.rows())
+        if not rows:
+            print("no rated rows" if report == "cost" else "no entries")
+            return
+        shown = [at for at, column in enumerate(answer.columns) if _is_shown(report, answer, at, column)]
+        columns = [answer.columns[at] for at in shown]
+        headings = [
+            Column(_HEADINGS.get(name, name), number=kind not in ("key", "text"), key=kind in ("key", "text"))
+            for name, kind in columns
+        ]
+        floor = next((at for at, column in enumerate(answer.columns) if column.name == "unpriced"), None)
+        lines = [
+            [_cell(answer.columns[at], row[at], floor is not None and bool(row[floor])) for at in shown] for row in rows
+        ]
+        *others, last = [_total_line(columns, totals) for totals in answer.totals]
+        print_table(headings, [*lines, *others], last)
+
+
+def print_denials(out: TextIO, denials: Sequence[Denied]) -> None:
+    """Print how often limits denied, as far as gateways counted it; nothing where they counted none."""
+    if not denials:
+        return
+    with redirect_stdout(out):
+        print("\ndenied calls, by tenant and limit\n")
+        headings = [Column("tenant", key=True), Column("limit", key=True), Column("denied", number=True)]
+        rows = [[one.tenant, one.limit, f"{one.count:,}"] for one in denials]
+        print_table(headings, rows, ["total", "", f"{sum(one.count for one in denials):,}"])
+
+
+def title_of(report: str, answer: Answer) -> str:
+    """What the table is of."""
+    query = answer.query
+    whose = report if query.tenant is None else f"{report} of {query.tenant}"
+    period = "" if query.period is None else f" in {query.period}"
+    since = "" if query.since_ms is None else f" from {at_text(query.since_ms, query.tz)}"
+    until = "" if query.until_ms is None else f" until {at_text(query.until_ms, query.tz)}"
+    basis = "" if query.time_basis == "booked" else ", by when calls were made"
+    currencies = {str(totals["currency"]) for totals in answer.totals if totals.get("currency")}
+    currency = f" in {currencies.pop()}" if len(currencies) == 1 else ""
+    return f"{whose}{currency}{period}{since}{until}, by {', '.join(answer.by)} ({query.tz}{basis})"
+
+
+def _is_shown(report: str, answer: Answer, at: int, column: Told) -> bool:
+    if column.kind == "key" or column.name in _ALWAYS[report]:
+        return True
+    if column.kind == "text":
+        return len(answer.totals) > 1
+    return any(totals.get(column.name) for totals in answer.totals)
+
+
+def _total_line(columns: list[Told], totals: Totals) -> list[str]:
+    floor = bool(totals.get("unpriced"))
+    cells = [_cell(column, totals.get(column.name), floor) if column.kind not in ("key",) else "" for column in columns]
+    return ["total", *cells[1:]] if columns and columns[0].kind == "key" else cells
+
+
+def _cell(column: Told, value: Value, floor: bool) -> str:
+    """A cell; of costs, a floor is marked, and what is not known is none."""
+    if value is None:
+        return "-"
+    if isinstance(value, Decimal):
+        least = AT_LEAST if floor and column.name in COSTS else ""
+        return f"{least}{money_text(value)}" if column.kind == "cost" else f"{value:,.3f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def money_text(amount: Decimal) -> str:
+    """All digits of an amount that say something, and at least two behind the point."""
+    whole, _, decimals = f"{amount:,f}".partition(".")
+    return f"{whole}.{decimals.rstrip('0').ljust(_MONEY_DIGITS, '0')}"

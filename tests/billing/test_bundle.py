@@ -1,0 +1,348 @@
+"""Bundles: a customer checks its invoice from one file, with nothing of anybody else in it, and lies are found."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import random
+import re
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from meterlib.billing import duck
+from meterlib.billing.answers import Reader
+from meterlib.billing.bundle import BundleManifest, FileFacts, encoded, put, write_bundle
+from meterlib.billing.bundle_check import BundleVerdict, verify_bundle
+from meterlib.billing.bundle_gather import gather
+from meterlib.billing.invoice import invoice
+from meterlib.billing.postings import Postings
+from meterlib.billing.price_files import parse_book
+from meterlib.billing.prices import PriceBooks
+from tests.billing.money import BOOK, at_ms, entries, tokens
+from tests.billing.posting import DEARER, Ledgers
+
+SECRET = "nobody-elses-business"
+OCTOBER, NOVEMBER = "2026-10", "2026-11"
+
+
+def bundled(books: Ledgers, folder: Path, tenant: str = "acme", period: str = OCTOBER, text: str = BOOK) -> Path:
+    """The bundle of an invoice."""
+    path = folder / f"{tenant}-{period}.zip"
+    with books.archive() as archive:
+        postings = Postings(archive, books.tz)
+        closed = period in {close.period for close in postings.closes}
+        with Reader(postings, books.tz) as reader:
+            bill = invoice(reader, tenant, period, closed)
+        database = duck.connect()
+        write_bundle(path, gather(database, postings, bill, PriceBooks(parse_book(text), parse_book(BOOK))))
+        database.close()
+    return path
+
+
+def fill(books: Ledgers) -> None:
+    """October, closed, and some of November: of every kind of row that an invoice may have."""
+    cached = tokens(
+        input_tokens=1_001,
+        output_tokens=77,
+        cache_creation_input_tokens=900,
+        cache_read_input_tokens=48_000,
+        cache_creation={"ephemeral_5m_input_tokens": 400, "ephemeral_1h_input_tokens": 300},
+        server_tool_use={"web_search_requests": 3},
+        iterations=[{"type": "compaction", "input_tokens": 70_000, "output_tokens": 7}],
+    )
+    first = books.call(
+        "2026-10-02", usage=cached, attributes={"model": "plain", "note": "=1+1", "provider": "anthropic"}
+    )
+    books.call("2026-10-03", "steep", tokens(input_tokens=150_000, output_tokens=3))
+    books.call("2026-10-04", "nobody-knows", cached)
+    books.call("2026-10-05", usage=cached, funding="own", reservation_id="'quoted")
+    books.call("2026-10-05", usage=cached, tenant="globex", attributes={"model": "plain", "secret": SECRET})
+    books.call("2026-10-06", usage={}, kind="cancelled")
+    books.correction(first, at_ms("2026-10-20"), {"output_tokens": -70, "input_tokens": 5})
+    books.rate()
+    assert not isinstance(books.close_period(OCTOBER), list)
+    books.correction(first, at_ms("2026-11-02"), {"output_tokens": 11})
+    books.call("2026-11-03", usage=cached)
+    books.rate()
+
+
+@pytest.fixture
+def books(tmp_path: Path) -> Iterator[Ledgers]:
+    books = Ledgers(tmp_path)
+    fill(books)
+    yield books
+    books.close()
+
+
+def files_of(path: Path) -> dict[str, bytes]:
+    with ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def sealed(path: Path, files: dict[str, bytes]) -> BundleVerdict:
+    """What is found of other files, each digest of which was made anew by whoever changed them."""
+    manifest = msgspec.json.decode(files["manifest.json"], type=BundleManifest)
+    facts = {
+        name: FileFacts(sha256=sha256(data).hexdigest(), bytes=len(data))
+        for name, data in files.items()
+        if name != "manifest.json"
+    }
+    manifest = msgspec.structs.replace(manifest, files=facts).sealed()
+    changed = path.with_name("changed.zip")
+    with ZipFile(changed, "w") as archive:
+        for name, data in files.items():
+            put(archive, name, [bundle_json(manifest) if name == "manifest.json" else data])
+    return verify_bundle(changed)
+
+
+def bundle_json(value: Any) -> bytes:
+    return encoded(value)
+
+
+@pytest.mark.parametrize("period", [OCTOBER, NOVEMBER])
+@pytest.mark.parametrize("tenant", ["acme", "globex", "nobody"])
+def test_a_bundle_verifies(books: Ledgers, tmp_path: Path, tenant: str, period: str) -> None:
+    """Closed or open, with corrections, own keys, fees, unpriced models, or with nothing in it."""
+    found = verify_bundle(bundled(books, tmp_path, tenant, period))
+
+    assert [] == found.problems
+    assert [] == found.notes
+    assert (tenant, period, period == OCTOBER) == (found.tenant, found.period, found.closed)
+    assert (
+        (found.rows > 0)
+        == (found.entries > 0)
+        == ((tenant, period) in {("acme", OCTOBER), ("acme", NOVEMBER), ("globex", OCTOBER)})
+    )
+
+
+def test_the_same_archive_gives_the_same_bytes(books: Ledgers, tmp_path: Path) -> None:
+    """Whenever it is written."""
+    (tmp_path / "again").mkdir()
+
+    assert bundled(books, tmp_path).read_bytes() == bundled(books, tmp_path / "again").read_bytes()
+
+
+def test_nothing_of_another_customer_or_of_what_the_operator_pays_is_in_it(books: Ledgers, tmp_path: Path) -> None:
+    """Neither names nor attributes nor totals of others, nor prices between operator and provider."""
+    content = b"".join(files_of(bundled(books, tmp_path)).values())
+
+    assert b"acme" in content
+    for word in (b"globex", SECRET.encode(), b"upstream"):
+        assert word not in content
+    assert SECRET.encode() in b"".join(files_of(bundled(books, tmp_path, "globex")).values())
+
+
+def test_rows_of_a_re_rating_verify(books: Ledgers, tmp_path: Path) -> None:
+    """What was taken back and posted anew, of a closed month, is on the next invoice, with both prices."""
+    assert books.rate_again(DEARER, at_ms("2026-11-20"))
+
+    found = verify_bundle(bundled(books, tmp_path, "acme", NOVEMBER, DEARER))
+
+    assert ([], []) == (found.problems, found.notes)
+    assert b'"found": false' not in files_of(tmp_path / f"acme-{NOVEMBER}.zip")["prices.json"]
+
+
+def test_a_price_that_no_book_has_any_more_is_said_to_be_unchecked(books: Ledgers, tmp_path: Path) -> None:
+    """Rows still carry it, and it must be the same in all of them."""
+    path = tmp_path / "bundle.zip"
+    with books.archive() as archive:
+        postings = Postings(archive, books.tz)
+        with Reader(postings, books.tz) as reader:
+            bill = invoice(reader, "acme", OCTOBER, True)
+        database = duck.connect()
+        write_bundle(path, gather(database, postings, bill, PriceBooks()))
+        database.close()
+
+    found = verify_bundle(path)
+
+    assert [] == found.problems
+    assert ["2 of 2 prices are in no book any more: only what rows say of them was checked"] == found.notes
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(several=st.lists(entries(), max_size=12))
+def test_whatever_was_used_verifies(several: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Any usage of any kind of call, at any price."""
+    folder = tmp_path_factory.mktemp("any")
+    books = Ledgers(folder)
+    added = books.add(list(several))
+    books.rate()
+
+    periods = {row[0] for row in books.query("SELECT DISTINCT period FROM rows")} | {OCTOBER}
+    for tenant in ("acme", "globex"):
+        for period in periods:
+            found = verify_bundle(bundled(books, folder, tenant, period))
+            assert [] == found.problems
+            assert found.entries <= len(added)
+    books.close()
+
+
+# ── Lies ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_any_one_byte_that_is_another_is_found(books: Ledgers, tmp_path: Path) -> None:
+    """In the files, and between them."""
+    path = bundled(books, tmp_path)
+    whole = path.read_bytes()
+    luck = random.Random(5)
+    changed = tmp_path / "changed.zip"
+    for at in [*range(60), *luck.sample(range(len(whole)), 120), *range(len(whole) - 90, len(whole))]:
+        broken = bytearray(whole)
+        broken[at] ^= 1 << luck.randrange(8)
+        changed.write_bytes(broken)
+
+        assert verify_bundle(changed).problems, f"byte {at} of {len(whole)}"
+
+
+@pytest.mark.parametrize("change", ["cut", "longer", "before"])
+def test_a_file_that_was_cut_or_grew_is_found(books: Ledgers, tmp_path: Path, change: str) -> None:
+    """Zip files may have anything before and behind them; bundles may not."""
+    whole = bundled(books, tmp_path).read_bytes()
+    changed = tmp_path / "changed.zip"
+    changed.write_bytes({"cut": whole[:-1], "longer": whole + b"\0", "before": b"\0" + whole}[change])
+
+    assert verify_bundle(changed).problems
+
+
+NUMBERS = ("quantity", "list_price", "contracted_price", "billed_price", "list_cost", "contracted_cost", "billed_cost")
+
+
+@pytest.mark.parametrize(
+    "column", [*NUMBERS, "token_type", "tenant", "period", "funding", "price_digest", "n", "unpriced"]
+)
+def test_a_row_that_was_changed_is_found_though_all_digests_were_made_anew(
+    books: Ledgers, tmp_path: Path, column: str
+) -> None:
+    """Whoever changes a number has to change all that follows from it, up to what the ledger said."""
+    path = bundled(books, tmp_path)
+    files = files_of(path)
+    lines = list(csv.reader(io.StringIO(files["rows.csv"].decode())))
+    at = lines[0].index(column)
+    priced = lines[0].index("unpriced")
+    for number, line in list(enumerate(lines))[1::3]:
+        if line[priced] and column in NUMBERS[1:]:
+            continue
+        other = [cell if place != at else _other(column, cell) for place, cell in enumerate(line)]
+        rows = [other if one == number else row for one, row in enumerate(lines)]
+        out = io.StringIO()
+        csv.writer(out, lineterminator="\n").writerows(rows)
+
+        found = sealed(path, files | {"rows.csv": out.getvalue().encode()})
+
+        assert found.problems, f"row {number}: {line}"
+
+
+def _other(column: str, cell: str) -> str:
+    if column in (*NUMBERS, "n"):
+        return str(int(cell) + 1) if "." not in cell else cell + "1"
+    return {"period": NOVEMBER, "tenant": "globex", "funding": "own" if cell == "hosted" else "hosted"}.get(
+        column, f"{cell}x"
+    )
+
+
+def _drop_row(files: dict[str, bytes]) -> None:
+    files["rows.csv"] = b"".join(files["rows.csv"].splitlines(keepends=True)[:-1])
+
+
+def _replace(name: str, old: str, new: str) -> Callable[[dict[str, bytes]], None]:
+    def change(files: dict[str, bytes]) -> None:
+        assert old.encode() in files[name], files[name][:3000]
+        files[name] = files[name].replace(old.encode(), new.encode(), 1)
+
+    return change
+
+
+def _add_to_total(files: dict[str, bytes]) -> None:
+    document = json.loads(files["invoice.json"])
+    document["totals"][0]["total"] = "1" + document["totals"][0]["total"]
+    files["invoice.json"] = bundle_json(document)
+
+
+def _add_to_amount(files: dict[str, bytes]) -> None:
+    """A line costs more, and so does the total, but the rows do not."""
+    document = json.loads(files["invoice.json"])
+    line = next(line for line in document["lines"] if line["exact"])
+    line["quantity"] += 1
+    files["invoice.json"] = bundle_json(document)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (_drop_row, "counts"),
+        (_add_to_total, "the total in USD is not what the lines add up to"),
+        (_add_to_amount, "is not what the rows add up to"),
+        (_replace("entries.jsonl", 'output_tokens\\":77', 'output_tokens\\":78'), "says 77 output, the entry 78"),
+        (_replace("entries.jsonl", 'tenant\\":\\"acme', 'tenant\\":\\"evil'), "somebody else|another tenant"),
+        (_replace("terms.json", '"0.125"', '"0.225"'), "does not follow from the list price by the terms"),
+        (_replace("terms.json", '"0.05"', '"0.06"'), "the fee does not follow"),
+        (_replace("prices.json", '"3.000000"', '"2.000000"'), "is not the one of that digest"),
+        (
+            _replace("invoice.json", '"closed": true', '"closed": false'),
+            "says closed: False, but there is a close.json",
+        ),
+        (_replace("invoice.json", '"tenant": "acme"', '"tenant": "evil"'), "of another tenant"),
+        (_replace("close.json", '"billed_cost": "', '"billed_cost": "1'), "close.json has other totals"),
+        (_replace("manifest.json", '"schema": 1', '"schema": 2'), "schema 2"),
+    ],
+)
+def test_a_lie_is_found_and_named_though_all_digests_were_made_anew(
+    books: Ledgers, tmp_path: Path, change: Any, problem: str
+) -> None:
+    """Each part is checked against the others."""
+    path = bundled(books, tmp_path)
+    files = files_of(path)
+    change(files)
+
+    found = sealed(path, files)
+
+    assert any(re.search(problem, one) for one in found.problems), found.problems
+
+
+# ── Files that are none ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _zip(path: Path, members: dict[str, bytes], compression: int = 0) -> Path:
+    with ZipFile(path, "w", compression) as archive:
+        for name, data in members.items():
+            archive.writestr(ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data, compress_type=compression)
+    return path
+
+
+def test_names_that_lead_elsewhere_are_refused_and_nothing_is_unpacked(books: Ledgers, tmp_path: Path) -> None:
+    """A bundle is read where it is."""
+    files = files_of(bundled(books, tmp_path))
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("../evil.json", "/etc/evil", "invoice.json/../../evil", "extra.json"):
+        found = verify_bundle(_zip(tmp_path / "evil.zip", {name: b"{}", **files}))
+
+        assert any("is no invoice bundle" in problem for problem in found.problems)
+    (tmp_path / "evil.zip").unlink()
+    assert before == sorted(tmp_path.rglob("*"))
+
+
+def test_a_bomb_is_refused_before_it_is_unpacked(books: Ledgers, tmp_path: Path) -> None:
+    """Files are stored as they are; what is compressed could be of any size."""
+    files = files_of(bundled(books, tmp_path)) | {"invoice.json": b" " * 5_000_000}
+
+    found = verify_bundle(_zip(tmp_path / "bomb.zip", files, ZIP_DEFLATED))
+
+    assert [True] == ["is not stored as bundles store files" in problem for problem in found.problems]
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"no zip file at all", b"PK\x05\x06" + b"\0" * 18])
+def test_what_is_no_bundle_is_a_problem_and_no_accident(content: bytes, tmp_path: Path) -> None:
+    """Any file may be given."""
+    path = tmp_path / "file.zip"
+    path.write_bytes(content)
+
+    assert verify_bundle(path).problems
