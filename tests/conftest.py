@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -16,6 +17,15 @@ settings.register_profile(
     "default", derandomize=True, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("default")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """What a failed test has left open is told as its own, and not as the fault of whoever happens to collect it."""
+    report = yield
+    if report.failed:
+        gc.collect()
+    return report
 
 
 @pytest.fixture(autouse=True)

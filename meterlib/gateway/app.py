@@ -9,19 +9,18 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Self
 
-import structlog
 from msgspec.structs import replace
 
 from meterlib.core.checks import ATTRIBUTE_BYTES_MAX
 from meterlib.core.policy import Policy
 from meterlib.errors import MeterError, PolicyError, QuotaExceeded, StoreError
-from meterlib.gateway.admission import Admission, Background
+from meterlib.gateway.admission import Admission, Background, check_spending
 from meterlib.gateway.answers import Refusal, filtered_models
 from meterlib.gateway.call import Call, Outgoing
 from meterlib.gateway.callers import Caller, Callers
 from meterlib.gateway.estimate import CacheAwareEstimator, Estimator
 from meterlib.gateway.exchange import ClientGone, Exchange
-from meterlib.gateway.free import Pace, whole_answer
+from meterlib.gateway.free import MODELS_PAGES_MAX, Pace, query_behind, whole_answer
 from meterlib.gateway.headers import Headers, for_client, without
 from meterlib.gateway.metering import NOTHING, Metering
 from meterlib.gateway.reading import (
@@ -36,9 +35,11 @@ from meterlib.gateway.reading import (
     outgoing,
     prompt_in,
 )
+from meterlib.gateway.spending import Spending
 from meterlib.gateway.upstream import Upstream
 from meterlib.meter import AsyncMeter
 from meterlib.settings import GatewaySettings
+from meterlib.store.telling import Log
 
 NEEDS_RESTART = (
     "listen",
@@ -53,7 +54,7 @@ NEEDS_RESTART = (
 """Settings that are looked at when the gateway starts, and not again."""
 
 TEND_S = 1.0
-log = structlog.get_logger("meterlib.gateway")
+log = Log("meterlib.gateway")
 
 
 class Gateway:
@@ -68,7 +69,11 @@ class Gateway:
         meter: what decides and books.
         closes_meter: whether the meter is closed with the gateway.
         estimator: guesses what a call will use; by default from its length and from what is cached.
+        spending: works out what calls cost; needed where a limit counts that.
         now_s: a clock that never goes back, in seconds.
+
+    Raises:
+        PolicyError: a limit counts what calls cost, and nobody tells that.
     """
 
     def __init__(
@@ -79,6 +84,7 @@ class Gateway:
         *,
         closes_meter: bool = False,
         estimator: Estimator | None = None,
+        spending: Spending | None = None,
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self.settings = settings
@@ -89,7 +95,7 @@ class Gateway:
         self._upstream = Upstream(settings)
         self._calls: set[Call] = set()
         self._background = Background()
-        self._admission = Admission(meter, estimator or CacheAwareEstimator(now_s), self._background)
+        self._admission = Admission(meter, estimator or CacheAwareEstimator(now_s), self._background, spending, now_s)
         self._pace = Pace(now_s)
         self._handling: set[asyncio.Task[Any] | None] = set()
         self._in_calls: set[asyncio.Task[Any] | None] = set()
@@ -212,11 +218,17 @@ class Gateway:
             check_model(caller, model)
         if model is not None or not caller.models:
             return await self._run(exchange, caller, request, None)
-        answer, body = await whole_answer(self._upstream, request)
+        for _ in range(MODELS_PAGES_MAX):
+            answer, body = await whole_answer(self._upstream, request)
+            if answer.status != 200:
+                break
+            body = filtered_models(body, caller.may_use)
+            query = query_behind(request.query, body)
+            if query is None:
+                break
+            request = request._replace(query=query)
         headers = for_client(answer.headers, keep_limits=False, keep_account=caller.funding == "own")
         headers = without(headers, "content-length")
-        if answer.status == 200:
-            body = filtered_models(body, caller.may_use)
         return await self._answer(exchange, answer.status, body, headers)
 
     async def _tell_health(self, exchange: Exchange, *, ready: bool) -> None:
@@ -243,7 +255,7 @@ class Gateway:
         try:
             await asyncio.shield(counting)  # interrupted half-way it would leave a hold
         except QuotaExceeded as error:
-            raise self._admission.denied(error) from None
+            raise self._admission.denied(error, attributes) from None
         except StoreError as error:
             log.warning("store.failed", tenant=caller.tenant, error=str(error))
 
@@ -272,13 +284,16 @@ class Gateway:
 
     # ── All requests ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def reload(self, settings: GatewaySettings, callers: Callers, policy: Policy) -> None:
+    def reload(
+        self, settings: GatewaySettings, callers: Callers, policy: Policy, spending: Spending | None = None
+    ) -> None:
         """Other settings from the next request on; calls under way keep theirs. Some need a restart, and say so.
 
         Raises:
             PolicyError: anyone could call from now on, only because no tenant has a token any more. A file that is
-                just being written must not open the gateway.
+                just being written must not open the gateway. Or a limit counts what calls cost, and nobody tells it.
         """
+        check_spending(policy, spending)
         if callers.anyone and not self.callers.anyone and settings.callers is None:
             problem = "no tenant has a token any more; say 'anyone' here if everybody may bring a key of their own"
             raise PolicyError("gateway.callers", problem)
@@ -287,13 +302,16 @@ class Gateway:
                 log.warning("setting.needs_restart", setting=f"gateway.{name}")
         kept = {name: getattr(self.settings, name) for name in NEEDS_RESTART}
         self.settings, self.callers = replace(settings, **kept), callers
+        self._admission.spending = spending and spending.after(self._admission.spending)
         self.meter.policy = policy
         log.info("configuration.reloaded", tenants=len(policy.tenants), limits=len(policy.limits))
 
     def tend(self) -> None:
-        """Look after all calls that are under way."""
+        """Look after all calls that are under way, and book denials once a minute."""
         for call in list(self._calls):
             call.tend()
+        if self._admission.denials.due:
+            self._background.spawn(self._admission.denials.flush())
 
     async def tend_for_ever(self) -> None:
         """Look after them every second."""
@@ -310,6 +328,7 @@ class Gateway:
         self.stop_now()
         while self._handling:
             await asyncio.sleep(0.01)
+        self._background.spawn(self._admission.denials.flush())
         await self._background.idle()
         await self._upstream.aclose()
         if self._closes_meter:

@@ -14,11 +14,13 @@ from meterlib.errors import InvalidInput
 from meterlib.gateway.admission import Admission, Background
 from meterlib.gateway.answers import Refusal, new_request_id
 from meterlib.gateway.app import Gateway
+from meterlib.gateway.denials import FLUSH_S
 from meterlib.gateway.estimate import CacheAwareEstimator, Estimator
 from meterlib.gateway.exchange import BodyLate, BodyTooLarge, ClientGone
 from meterlib.gateway.headers import Headers, value_of
 from meterlib.gateway.metering import End, Metering
 from meterlib.gateway.prompt import prompt_of
+from meterlib.gateway.spending import Spending
 from meterlib.meter import AsyncMeter
 
 Scope = MutableMapping[str, Any]
@@ -190,6 +192,10 @@ class MeteringMiddleware:
         estimator: guesses what a call will use; by default from its length and from what is cached.
         body_bytes_max: the largest request.
         lease_ms: how long a call may stay unsettled if the process dies.
+        spending: works out what calls cost, for limits over `cost_nanousd`; see `meterlib.gateway.assembly`.
+
+    Raises:
+        PolicyError: a limit counts what calls cost, and nobody tells that.
     """
 
     def __init__(
@@ -202,6 +208,7 @@ class MeteringMiddleware:
         estimator: Estimator | None = None,
         body_bytes_max: int = BODY_BYTES_MAX,
         lease_ms: int = 600_000,
+        spending: Spending | None = None,
     ) -> None:
         self._app = app
         self._who = who
@@ -209,10 +216,14 @@ class MeteringMiddleware:
         self._body_bytes_max = body_bytes_max
         self._lease_ms = lease_ms
         self._background = Background()
-        self._admission = Admission(meter, estimator or CacheAwareEstimator(time.monotonic), self._background)
+        estimator = estimator or CacheAwareEstimator(time.monotonic)
+        self._admission = Admission(meter, estimator, self._background, spending)
+        self._booking_denials: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Call the app, metered if this is a call to be metered."""
+        if scope["type"] == "lifespan":
+            return await self._app(scope, self._booked_before_the_end(receive), send)
         metered = scope["type"] == "http" and scope["method"] == "POST" and scope["path"].endswith(self._paths)
         who = self._who(scope) if metered else None
         if who is None:
@@ -222,6 +233,7 @@ class MeteringMiddleware:
         except ClientGone:
             return None
         except Refusal as refusal:
+            self._book_denials()
             return await _refuse(send, refusal)
         answer = _Metered(metering, send, self._admission.limit_headers(metering.reservation.limits), self._lease_ms)
         try:
@@ -234,6 +246,30 @@ class MeteringMiddleware:
 
     async def _settle(self, metering: Metering, end: End) -> None:
         await asyncio.wait([self._background.spawn(metering.settle(end))])
+
+    def _book_denials(self) -> None:
+        """Some time within the next minute or so, if that is not on its way already."""
+
+        async def book() -> None:
+            await asyncio.sleep(FLUSH_S)
+            self._booking_denials = None
+            await self._admission.denials.flush()
+
+        if self._booking_denials is None:
+            self._booking_denials = asyncio.create_task(book(), name="meterlib-denials")
+
+    def _booked_before_the_end(self, receive: Receive) -> Receive:
+        """A `receive` that books denials before it tells the app to end, and perhaps to close the meter."""
+
+        async def received() -> Message:
+            message = await receive()
+            if message["type"] == "lifespan.shutdown":
+                if self._booking_denials:
+                    self._booking_denials.cancel()
+                await self._admission.denials.flush()
+            return message
+
+        return received
 
     async def _admit(self, who: Who, receive: Receive) -> tuple[bytes, Metering]:
         try:
@@ -288,6 +324,8 @@ class _Metered:
         if self._status >= 300:
             return "refused"
         if self._metering.streams:
+            if self._metering.lacks_only_its_stop:
+                self._metering.add_stop()
             self._metering.end()
             return "complete" if self._metering.finished else "error_event" if self._metering.error else "cut"
         return "complete"

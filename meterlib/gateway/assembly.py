@@ -9,10 +9,16 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from meterlib.config import Config
+from meterlib.core.usage import FORMULAS
+from meterlib.core.usd import COST
 from meterlib.gateway.app import Gateway
-from meterlib.gateway.callers import Callers, read_or_make_key
+from meterlib.gateway.callers import Callers, anyone_may_call, read_or_make_key
 from meterlib.gateway.estimate import Estimator
+from meterlib.gateway.spending import Spending
 from meterlib.store.embedded import parse_embedded_url
+from meterlib.store.telling import Log
+
+log = Log("meterlib.gateway")
 
 KEY_FILE = "meterlib-gateway.key"
 JOURNAL = "meterlib-settlements.journal"
@@ -26,22 +32,47 @@ def gateway_for(
     Settlements that cannot reach the store go to a journal, by default in the embedded store's folder, or else here.
 
     Raises:
-        PolicyError: a tenant's provider key is not in the environment, or the key file cannot be used.
+        PolicyError: a tenant's provider key is not in the environment, or the key file or a price book cannot be used.
     """
+    spending = spending_for(config)
+    for limit in config.policy.limits:
+        if limit.unit != COST and limit.unit not in FORMULAS:
+            log.warning("limit.counts_nothing", limit=limit.name, unit=limit.unit, known=[*FORMULAS, COST])
     callers = callers_for(config, environment)
     journal = config.store.journal or str(_folder(config) / JOURNAL)
     meter = replace(config, store=replace(config.store, journal=journal)).connect_async()
-    return Gateway(config.gateway, callers, meter, closes_meter=True, estimator=estimator)
+    return Gateway(config.gateway, callers, meter, closes_meter=True, estimator=estimator, spending=spending)
+
+
+def spending_for(config: Config) -> Spending | None:
+    """What tells what calls cost, by these settings' prices and terms; None where no limit counts that.
+
+    Raises:
+        PolicyError: the price book cannot be read, or something in it is not acceptable.
+    """
+    if not any(limit.unit == COST for limit in config.policy.limits):
+        return None
+    from meterlib.billing import budget, pricing  # only now: most gateways need no prices
+
+    terms = pricing.TermsBook(config.billing, config.tenant)
+    costs = budget.CostTables(pricing.books_of(config.billing), terms.of, config.billing.budget_basis)
+    return Spending(costs, config.billing.unpriced)
 
 
 def callers_for(config: Config, environment: Mapping[str, str] = os.environ) -> Callers:
-    """Who may call, by these settings.
+    """Who may call, by these settings. Where only those may who are known, no name has to be derived from a key.
 
     Raises:
         PolicyError: see `gateway_for`.
     """
-    key_file = Path(config.gateway.key_file) if config.gateway.key_file else _folder(config) / KEY_FILE
-    return Callers(config.gateway, config.tenant, environment, read_or_make_key(key_file))
+    key = b""
+    if anyone_may_call(config.gateway, config.tenant):
+        named = config.gateway.key_file
+        file = Path(named) if named else _folder(config) / KEY_FILE
+        if not file.exists() and not config.store.url.startswith(("embedded:", "memory:")):
+            log.info("gateway.key_made", file=str(file), needed="by other gateways of this store, too")
+        key = read_or_make_key(file)
+    return Callers(config.gateway, config.tenant, environment, key)
 
 
 def _folder(config: Config) -> Path:

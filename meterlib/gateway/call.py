@@ -12,7 +12,9 @@ from meterlib.gateway.headers import Headers, for_client, value_of, without
 from meterlib.gateway.metering import End, Metering, Spawn
 from meterlib.gateway.upstream import Answer, NoAnswer, NotSent, Upstream
 from meterlib.settings import GatewaySettings
+from meterlib.store.telling import Log
 
+log = Log("meterlib.gateway")
 PING = b'event: ping\ndata: {"type": "ping"}\n\n'
 BOOKING_WAIT_S = 0.25
 """How long the end of an answer waits for the store, so that whoever has read it finds it booked."""
@@ -106,10 +108,12 @@ class Call:
     async def _pass_on(self, upstream: Upstream) -> None:
         try:
             end = await self._converse(upstream)
-        except NotSent:
+        except NotSent as error:
+            log.warning("provider.unreachable", error=str(error))
             await self._cancel()
             raise Refusal(502, "api_error", "the provider cannot be reached") from None
         except NoAnswer as error:
+            log.warning("provider.gave_no_answer", error=str(error))
             await self._settle("no_answer")
             if error.timed_out:
                 raise Refusal(504, "timeout_error", "the provider took too long to answer") from None
@@ -172,6 +176,9 @@ class Call:
                     return "client_gone"
         except NoAnswer:
             return self._end_of(answer, broken=True)
+        if self._metering and self._metering.lacks_only_its_stop:
+            # The client has all there is. Broken off, it would ask for all of it again, and pay for it twice.
+            await self._to_client(self._exchange.write, self._metering.add_stop())
         return self._end_of(answer, broken=False)
 
     def _end_of(self, answer: Answer, *, broken: bool) -> End:
@@ -226,6 +233,8 @@ class Call:
         if self._writing_s is not None and now_s - self._writing_s >= settings.write_timeout_ms / 1000:
             self._exchange.abort()
         metering = self._metering
+        if metering:
+            metering.tend()
         if metering and now_s - self._renewed_s >= settings.lease_ms / 2000:
             self._renewed_s = now_s
             self._spawn(metering.renew(settings.lease_ms))

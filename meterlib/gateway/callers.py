@@ -108,8 +108,7 @@ class Callers:
                 models = tenant.models or settings.models
                 caller = Caller(tenant.name, tenant.funding, token[7:15], models, ("x-api-key", Secret(key)))
                 self._known[token[:_LOOKED_UP]] = (token, caller)
-        default = "known" if self._known else "anyone"
-        self.anyone = (settings.callers or default) == "anyone"
+        self.anyone = anyone_may_call(settings, tenants)
 
     def caller_of(self, headers: Headers) -> Caller:
         """Who shows these credentials: `x-api-key` counts before `Authorization`, and a tenant's token before others.
@@ -139,6 +138,12 @@ class Callers:
         if shown.scheme == "bearer":
             credential = ("authorization", Secret(f"Bearer {shown.secret}"))
         return Caller(tenant, "own", name[:8], self._settings.models, credential)
+
+
+def anyone_may_call(settings: GatewaySettings, tenants: Sequence[TenantSettings]) -> bool:
+    """Whether those may call that show no tenant's token, but a provider key of their own."""
+    default = "known" if any(tenant.tokens for tenant in tenants) else "anyone"
+    return (settings.callers or default) == "anyone"
 
 
 def _shown(headers: Headers) -> list[_Shown]:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from urllib.parse import parse_qsl, urlencode
+
+import msgspec
 
 from meterlib.gateway.answers import RETRY_AFTER_S_MAX, Refusal
 from meterlib.gateway.call import Outgoing
 from meterlib.gateway.upstream import Answer, NoAnswer, NotSent, Upstream
 
 MODELS_BYTES_MAX = 4 << 20
+MODELS_PAGES_MAX = 20
 _TENANTS_MAX = 10_000
 _SPAN_S = 60
 
@@ -45,6 +49,21 @@ class Pace:
             wait_s = min(RETRY_AFTER_S_MAX, max(1, math.ceil(done[0] + _SPAN_S - now_s)))
             raise Refusal(429, "rate_limit_error", message, [("retry-after", str(wait_s))])
         done.append(now_s)
+
+
+def query_behind(query: str, page: bytes) -> str | None:
+    """The query of the page behind a filtered one that has nothing left; None if it is not needed, or there is none.
+
+    Clients take an empty page for the last one, whatever it says of more.
+    """
+    told = msgspec.json.decode(page, type=dict[str, object])
+    if told.get("data") or not told.get("has_more"):
+        return None
+    asked = parse_qsl(query, keep_blank_values=True)
+    name, place = ("before_id", "first_id") if "before_id" in dict(asked) else ("after_id", "last_id")
+    at = told.get(place)
+    others = [(key, value) for key, value in asked if key not in ("before_id", "after_id")]
+    return urlencode([*others, (name, at)]) if isinstance(at, str) else None
 
 
 async def whole_answer(upstream: Upstream, request: Outgoing) -> tuple[Answer, bytes]:

@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 
-from meterlib.core.checks import ATTRIBUTE_BYTES_MAX
+from meterlib.core.checks import check_attributes
 from meterlib.core.decisions import LimitState
 from meterlib.core.policy import Limit, duration_ms
+from meterlib.errors import InvalidInput
 
 Headers = Sequence[tuple[str, str]]
 
@@ -99,7 +100,11 @@ def _passing(headers: Headers, names: set[str], prefixes: tuple[str, ...]) -> li
 
 def _is_id(value: str) -> bool:
     """Whether it can be noted in the ledger; if not, the client is told another, so that both have the same."""
-    return value.isprintable() and 0 < len(value) <= ATTRIBUTE_BYTES_MAX
+    try:
+        check_attributes({"request_id": value})
+    except InvalidInput:
+        return False
+    return True
 
 
 def _is_plain(value: str) -> bool:

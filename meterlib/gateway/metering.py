@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from typing import Any, Literal
 
-import structlog
 from msgspec.structs import replace
 
-from meterlib.core.checks import ATTRIBUTE_BYTES_MAX
+from meterlib.core.checks import ATTRIBUTE_BYTES_MAX, check_attributes
 from meterlib.core.ledger import Quality, counts_of
 from meterlib.core.usage import Usage, amount_of
-from meterlib.errors import MeterError, StoreError
+from meterlib.errors import InvalidInput, MeterError, StoreError
 from meterlib.gateway.encodings import Decoder, Unreadable, decoder_for
 from meterlib.gateway.estimate import Estimate, Estimator
 from meterlib.gateway.headers import Headers, value_of
+from meterlib.gateway.spending import Cost
 from meterlib.gateway.sse import UsageMessage, UsageStream
 from meterlib.meter import AsyncReservation
+from meterlib.store.telling import Log
 
 Spawn = Callable[[Coroutine[Any, Any, object]], asyncio.Task[object]]
 """Runs a coroutine, whoever waits for it."""
@@ -25,6 +28,7 @@ Spawn = Callable[[Coroutine[Any, Any, object]], asyncio.Task[object]]
 ANSWER_BYTES_MAX = 1 << 30
 """An answer that decompresses to more is no answer; its usage stays as it was known until then."""
 
+STOP = b'event: message_stop\ndata: {"type": "message_stop"}\n\n'
 REVISE_AFTER_S = 0.05
 
 NOTHING = Usage(input_tokens=0, cache_creation_input_tokens=0, cache_read_input_tokens=0, output_tokens=0)
@@ -40,7 +44,7 @@ End = Literal[
 ]
 """How calls end; entries have it among their facts."""
 
-log = structlog.get_logger("meterlib.gateway")
+log = Log("meterlib.gateway")
 
 
 class Metering:
@@ -52,10 +56,17 @@ class Metering:
         estimate: its own, of this call.
         model: the model that was asked for.
         spawn: runs what need not be waited for.
+        cost: what it costs, if any limit counts that.
     """
 
     def __init__(
-        self, reservation: AsyncReservation, estimator: Estimator, estimate: Estimate, model: str, spawn: Spawn
+        self,
+        reservation: AsyncReservation,
+        estimator: Estimator,
+        estimate: Estimate,
+        model: str,
+        spawn: Spawn,
+        cost: Cost | None = None,
     ) -> None:
         self.reservation = reservation
         self.facts = {"estimated_input_tokens": str(amount_of(estimate.usage, "input_tokens") or 0)}
@@ -63,6 +74,7 @@ class Metering:
         self._estimate = estimate
         self._model = model
         self._spawn = spawn
+        self._cost = cost
         self._reader: UsageStream | UsageMessage | None = None
         self._decoder: Decoder | None = None
         self._refused = False
@@ -89,6 +101,19 @@ class Metering:
     def between_events(self) -> bool:
         """Whether an event of our own could be put in here."""
         return self.streams and self._plain and self._reader is not None and self._reader.between_events
+
+    @property
+    def lacks_only_its_stop(self) -> bool:
+        """Whether a stream has told all there is, and just not that it is over."""
+        reader = self._reader
+        concluded = isinstance(reader, UsageStream) and reader.concluded and not (reader.finished or reader.error)
+        return concluded and self.between_events
+
+    def add_stop(self) -> bytes:
+        """The event that a stream lacks, which counts as if it had come."""
+        self.facts["added"] = "message_stop"
+        self.take(STOP)
+        return STOP
 
     def answered(self, status: int, headers: Headers) -> None:
         """The head of the answer is there: from it on `take` knows how to read."""
@@ -125,8 +150,19 @@ class Metering:
     def _revise(self) -> None:
         """Only the input is known by now. Nobody waits for this: the stream goes on, and the settlement counts."""
         if self._reader and self._outcome is None:
-            exact = replace(self._reader.usage, output_tokens=None)
+            usage = self._reader.usage
+            if self._cost:
+                exact = self._cost.meanwhile(usage, self._served(), self.reservation.reserved_at_ms)
+            else:
+                exact = replace(usage, output_tokens=None)
             self._spawn(self._quietly(self.reservation.revise(exact)))
+
+    def tend(self) -> None:
+        """Look after the call, every second or so: an answer that costs more than is held for it has more held."""
+        reader, cost = self._reader, self._cost
+        under_way = cost and self.streams and reader and reader.started and not reader.finished
+        if cost and reader and under_way and cost.outgrown(reader.usage.output_tokens or 0):
+            self._revise()
 
     def end(self) -> None:
         """The answer has come to its end, be it too early."""
@@ -161,6 +197,10 @@ class Metering:
         """What is booked, once and for all: told again with any other fact, it would contradict itself."""
         self.facts["end"] = end
         usage, quality = self._result()
+        if self._cost:
+            whole = end == "complete" and quality != "estimated"
+            model, at_ms = self.facts.get("model"), self.reservation.reserved_at_ms
+            usage = self._cost.at_last(usage, model, at_ms, whole=whole)
         return usage, quality, dict(self.facts)
 
     def _result(self) -> tuple[Usage, Quality]:
@@ -169,11 +209,16 @@ class Metering:
         if self._reader is None:
             return Usage(), "estimated"
         self.end()
-        self._keep("model", self._reader.model if self._reader.model != self._model else None)
+        self._keep("model", self._served())
+        self._keep("unknown_iterations", _unknown_iterations(self._reader.usage))
         usage, quality = self._reader.usage, self._reader.quality
         if self._reader.started and quality != "estimated":
             self._learn(usage)  # the input is exact, be the answer cut off
         return usage, quality
+
+    def _served(self) -> str | None:
+        """The model that answered, if it is another than the one asked for."""
+        return self._reader.model if self._reader and self._reader.model != self._model else None
 
     def _learn(self, usage: Usage) -> None:
         try:
@@ -183,8 +228,9 @@ class Metering:
 
     def _keep(self, name: str, value: str | None) -> None:
         """Note a fact that the provider told, if it can be one."""
-        if value and value.isprintable() and len(value.encode()) <= ATTRIBUTE_BYTES_MAX:
-            self.facts[name] = value
+        with suppress(InvalidInput):
+            if value:
+                self.facts |= check_attributes({name: value})
 
     def _unreadable(self, error: Exception) -> None:
         self._decoder = None
@@ -197,3 +243,12 @@ class Metering:
             log.warning("store.failed", tenant=self.reservation.tenant, error=str(error))
         except MeterError:
             pass  # it was settled meanwhile
+
+
+_ITERATIONS = ("message", "compaction", "advisor_message", "fallback_message")
+
+
+def _unknown_iterations(usage: Usage) -> str:
+    """Kinds of passes that nobody here knows: whether they are billed besides is not known either."""
+    kinds = sorted({one.type for one in usage.iterations}.difference(_ITERATIONS))
+    return re.sub(r"[^A-Za-z0-9_,]", "?", ",".join(kinds))[:ATTRIBUTE_BYTES_MAX]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 import struct
 from contextlib import suppress
@@ -55,10 +56,12 @@ class Server:
         site = web.TCPSite(self._runner, host, port, backlog=1024)
         try:
             await site.start()
-        except OSError:
+        except OSError as error:
             await self._runner.cleanup()
             await self.gateway.aclose()
-            raise
+            number = error.errno or 0  # those of name look-ups are negative, and have words of their own
+            reason = os.strerror(number).lower() if number > 0 else str(error.strerror or error)
+            raise OSError(f"cannot listen at {self.gateway.settings.listen}: {reason}") from None
         self._sites.append(site)
         bound = self._runner.addresses[0]
         shown = f"[{bound[0]}]" if ":" in bound[0] else bound[0]

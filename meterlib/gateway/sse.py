@@ -124,6 +124,7 @@ class UsageStream:
     Attributes:
         model: the model that answers, which may be another than the one asked for.
         started: `message_start` has come, which tells the input.
+        concluded: a `message_delta` has told why the answer ended and what it used: only `message_stop` may be missing.
         finished: `message_stop` has come: every number is known.
         error: type of the error that the provider ended the stream with, such as `overloaded_error`.
 
@@ -132,6 +133,7 @@ class UsageStream:
     def __init__(self, event_bytes_max: int = EVENT_BYTES_MAX) -> None:
         self.model: str | None = None
         self.started = False
+        self.concluded = False
         self.finished = False
         self.error: str | None = None
         self._event_bytes_max = event_bytes_max
@@ -217,7 +219,7 @@ class UsageStream:
             case "message_start":
                 self._take_start(_part(_json_object(event.data), "message"))
             case "message_delta":
-                self._take_delta(_part(_json_object(event.data), "usage"))
+                self._take_end(_json_object(event.data))
             case "message_stop":
                 self.finished = True
                 self._content.clear()
@@ -231,6 +233,12 @@ class UsageStream:
         self.model = _text(message, "model")
         self._take_delta(_part(message, "usage"))
         self._start = dict(self._told)
+
+    def _take_end(self, told: Mapping[str, Any]) -> None:
+        usage = _part(told, "usage")
+        self._take_delta(usage)
+        ended = _text(_part(told, "delta"), "stop_reason") is not None
+        self.concluded = self.started and ended and _count(usage, "output_tokens") is not None
 
     def _take_delta(self, usage: Mapping[str, Any]) -> None:
         for name in _COUNTS:

@@ -508,14 +508,36 @@ def test_models_are_listed_as_far_as_they_may_be_used() -> None:
     run(use, SONNETS)
 
 
-def test_a_page_without_a_model_of_ours_still_leads_on() -> None:
-    async def use(world: World) -> None:
-        world.provider.models = ["claude-opus-5", "claude-haiku-4-5", "claude-sonnet-5"]
-        first = await world.get(f"{MODELS}?limit=2")
-        none = await world.get(f"{MODELS}?limit=2&before_id=claude-sonnet-5")
+def test_a_page_without_a_model_of_ours_is_passed_over() -> None:
+    """Clients take an empty page for the last one, whatever it says of more."""
 
-        assert ([], True, "claude-haiku-4-5") == (first.json["data"], first.json["has_more"], first.json["last_id"])
+    async def use(world: World) -> None:
+        others = [f"claude-opus-{number}" for number in range(7)]
+        world.provider.models = ["claude-sonnet-4", *others, "claude-sonnet-5", "gpt-1", "gpt-2"]
+        first = await world.get(f"{MODELS}?limit=2&after_id=claude-sonnet-4&x=%20y")
+        pages = [(["claude-opus-5"], True), (["claude-sonnet-4"], False)]
+        for ids, more in pages:
+            page = {"data": [{"id": each} for each in ids], "has_more": more, "first_id": ids[0], "last_id": ids[-1]}
+            world.provider.answers(Answer(json=page), path=MODELS)
+        back = await world.get(f"{MODELS}?limit=2&before_id=claude-sonnet-5")
+        assert "claude-opus-5" == world.provider.requests[-1].query["before_id"]
+        none = await world.get(f"{MODELS}?limit=3&after_id=claude-sonnet-5")
+
+        assert ["claude-sonnet-5"] == [each["id"] for each in first.json["data"]]
+        assert " y" == world.provider.requests[3].query["x"]
+        assert ["claude-sonnet-4"] == [each["id"] for each in back.json["data"]]
         assert ([], False, None, None) == tuple(none.json[name] for name in ("data", "has_more", "first_id", "last_id"))
+
+    run(use, SONNETS)
+
+
+def test_pages_without_end_come_to_one() -> None:
+    async def use(world: World) -> None:
+        page = Answer(json={"data": [{"id": "gpt"}], "has_more": True, "first_id": "a", "last_id": "a"})
+        world.provider.answers_always(page, path=MODELS)
+        got = await world.get(MODELS)
+
+        assert ([], True, 20) == (got.json["data"], got.json["has_more"], len(world.provider.requests))
 
     run(use, SONNETS)
 

@@ -169,6 +169,39 @@ def test_other_reasons_to_stop_are_successes(stop_reason: str) -> None:
     run(use, HOSTED, limits=WIDE)
 
 
+def test_passes_of_an_unknown_kind_are_flagged() -> None:
+    """They may be billed besides; nobody here knows."""
+    usage = {"input_tokens": 5, "output_tokens": 5}
+    kinds = ["message", "compaction", "advisor_message", "fallback_message", "summary", "dream", "dream", "sk-\u00a0"]
+
+    async def use(world: World) -> None:
+        for some in (kinds, kinds[:4], kinds[4:7]):
+            iterations = [{"type": kind, **usage} for kind in some]
+            world.provider.answers(Answer(json=message(usage={**usage, "iterations": iterations})))
+            assert 200 == (await world.post()).status
+        entries = await ended(world)
+
+        assert ["dream,sk??,summary", None, "dream,summary"] == [
+            entry.facts.get("unknown_iterations") for entry in entries
+        ]
+        assert [8, 4, 3] == [len(entry.usage["iterations"]) for entry in entries]  # type: ignore[arg-type]
+
+    run(use, HOSTED, limits=WIDE)
+
+
+@pytest.mark.parametrize("name", [" claude", "claude ", "sk-ant-x", "\ufb01", "x" * 300, "\n", "", 5])
+def test_a_model_of_an_odd_name_keeps_nothing_from_being_booked(name: Any) -> None:
+    """What cannot be a fact is left out."""
+
+    async def use(world: World) -> None:
+        world.provider.answers(Answer(json={**message(usage={"input_tokens": 5, "output_tokens": 5}), "model": name}))
+        await world.post()
+        (entry,) = await ended(world)
+        assert ("final", None) == (entry.quality, entry.facts.get("model"))
+
+    run(use, HOSTED, limits=WIDE)
+
+
 def test_facts_tell_what_the_provider_told() -> None:
     """Its request id, or else the one made for the client; the model that answered, if it is not the one asked for."""
 

@@ -22,8 +22,10 @@ pytest.importorskip("aiohttp", reason="needs meterlib[gateway]")
 import structlog
 
 from meterlib import Limit, Policy
+from meterlib.config import Config
 from meterlib.errors import PolicyError
 from meterlib.gateway.answers import Refusal
+from meterlib.gateway.assembly import callers_for
 from meterlib.gateway.callers import CREDENTIAL_BYTES_MAX, Callers, Secret, read_or_make_key
 from meterlib.gateway.tokens import hash_of, new_token
 from meterlib.settings import GatewaySettings, TenantSettings
@@ -279,6 +281,20 @@ def test_a_key_file_that_holds_none_is_no_key(tmp_path: Path, content: bytes) ->
     with pytest.raises(PolicyError, match="holds no key") as raised:
         read_or_make_key(path)
     assert "gateway.key_file" == raised.value.path
+
+
+@pytest.mark.parametrize("tenants", ["", '[[tenant]]\nname = "acme"\ntokens = ["sha256:' + 64 * "0" + '"]\n'])
+@pytest.mark.parametrize("callers", ["", 'callers = "anyone"\n'])
+def test_a_key_file_is_made_only_where_names_are_derived(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tenants: str, callers: str
+) -> None:
+    """Where only tenants may call there are no such names; a shared store's is where the gateway runs."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "meterlib.toml"
+    file.write_text(f'[store]\nurl = "redis://127.0.0.1:1"\n[gateway]\n{callers}{tenants}')
+    callers_for(Config.load(file), {"ANTHROPIC_API_KEY": PROVIDER_KEY})
+
+    assert bool(callers or not tenants) == (tmp_path / "meterlib-gateway.key").exists()
 
 
 def test_a_key_file_that_cannot_be_made_is_the_operators_matter(tmp_path: Path) -> None:

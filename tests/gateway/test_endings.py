@@ -48,7 +48,7 @@ from tests.gateway.answers import (
     stream,
 )
 from tests.gateway.books import WIDE, ended, leave, noticed, read, read_to_end, size_of, told, until
-from tests.gateway.world import BASE, HOSTED, LIMITS, TOKEN, World, a_world, run
+from tests.gateway.world import BASE, HOSTED, LIMITS, PROVIDER_KEY, TOKEN, World, a_world, run
 from tests.gateway.world import message as asked
 
 BEGUN: dict[str, Any] = {"input_tokens": 30, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 9000}
@@ -123,6 +123,8 @@ def test_a_stream_that_breaks_off_is_no_answer(cut: Cut, breaks: Any) -> None:
 @each_cut
 def test_a_clean_end_without_message_stop_is_not_passed_on(cut: Cut, framing: Any) -> None:
     """The SDK for Python would take it for a complete answer, and nobody would know."""
+    if cut.at == after(-1):
+        return  # all was told but the last event, which adds nothing: see below
 
     async def use(world: World) -> None:
         world.provider.answers(Answer(events=[BODY[: cut.at]], framing=framing))
@@ -132,6 +134,53 @@ def test_a_clean_end_without_message_stop_is_not_passed_on(cut: Cut, framing: An
         assert (BODY[: cut.at], False) == (got.body, got.whole)
         assert ("cut", cut.usage) == (entry.facts["end"], entry.usage)
         assert cut.quality == entry.quality
+
+    run(use, HOSTED, limits=WIDE)
+
+
+@pytest.mark.parametrize("framing", ["chunked", "length", "close"])
+@pytest.mark.parametrize("every", [None, 1, 7])
+def test_a_stream_that_lacks_only_its_last_event_is_given_it(framing: Any, every: int | None) -> None:
+    """Reason and usage were told, and the connection ended in order. Broken off, clients would ask for all of it again,
+    and pay for it twice."""
+
+    async def use(world: World) -> None:
+        world.provider.answers(Answer(events=EVENTS[:-1], framing=framing, cut_every=every))
+        got = await world.post(stream=True)
+        entry = await only(world)
+
+        assert (BODY, True) == (got.body, got.whole)
+        assert ("final", {**BEGUN, "output_tokens": 21}) == (entry.quality, entry.usage)
+        assert ("complete", "message_stop") == (entry.facts["end"], entry.facts["added"])
+
+    run(use, HOSTED, limits=WIDE)
+
+
+UNENDED: dict[str, Answer] = {
+    "no reason": Answer(events=[*EVENTS[:-2], delta({"output_tokens": 21}, stop_reason=None)]),
+    "no usage": Answer(events=[*EVENTS[:-2], delta({})]),
+    "no start": Answer(events=EVENTS[1:-1]),
+    "broken off": Answer(events=EVENTS, breaks_after=after(-1), breaks="fin"),
+    "an error behind it": Answer(events=failing(EVENTS, len(EVENTS) - 1)),
+    "half an event behind it": Answer(events=[*EVENTS[:-1], b"event: message_st"]),
+    "no end of its line": Answer(events=EVENTS[:-1], open_end=True),
+    "compressed": Answer(events=EVENTS[:-1], encoding="gzip"),
+}
+
+
+@pytest.mark.parametrize("what", UNENDED)
+def test_no_other_stream_is_given_an_end(what: str) -> None:
+    """Where anything else is missing, or might be, nothing is put in its place."""
+
+    async def use(world: World) -> None:
+        world.provider.answers(UNENDED[what])
+        got = await world.post(stream=True)
+        entry = await only(world)
+
+        assert (what == "an error behind it") == got.whole
+        assert "added" not in entry.facts
+        assert entry.facts["end"] in ("cut", "error_event")
+        assert b"message_stop" not in got.body
 
     run(use, HOSTED, limits=WIDE)
 
@@ -262,8 +311,8 @@ def test_no_answer_at_all_is_estimated(instead: Any) -> None:
     run(use, HOSTED, limits=WIDE)
 
 
-def test_a_provider_that_cannot_be_reached_costs_nothing() -> None:
-    """Nothing was sent: the hold is cancelled, the request included."""
+def test_a_provider_that_cannot_be_reached_costs_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing was sent: the hold is cancelled, the request included. The operator hears of it, without the key."""
 
     async def use(world: World) -> None:
         got = await world.post(stream=True)
@@ -275,6 +324,9 @@ def test_a_provider_that_cannot_be_reached_costs_nothing() -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         run(use, HOSTED, limits=WIDE, upstream=f"http://127.0.0.1:{nobody.getsockname()[1]}")
+    said = "".join(capsys.readouterr())
+    assert "provider.unreachable" in said
+    assert PROVIDER_KEY not in said
 
 
 @pytest.mark.parametrize(
@@ -895,7 +947,7 @@ def test_pings_and_pieces_keep_their_order() -> None:
     run(use, HOSTED, limits=WIDE)
 
 
-@pytest.mark.parametrize("last", [failing(EVENTS, 3), EVENTS[:-1]], ids=["an error", "no message_stop"])
+@pytest.mark.parametrize("last", [failing(EVENTS, 3), EVENTS[:-2]], ids=["an error", "no end"])
 def test_a_ping_never_comes_after_the_end(last: list[Any]) -> None:
     """A stream that has just ended is not kept alive, and nothing is written behind it."""
 

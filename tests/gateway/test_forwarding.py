@@ -440,7 +440,7 @@ def test_a_429_of_the_provider_is_not_ours(own: bool, capsys: pytest.CaptureFixt
         assert ([] if own else ["429"]) == [entry.facts["status"] for entry in await world.entries()]
 
     run(use, HOSTED, limits=limits)
-    assert own == ("call.denied" in capsys.readouterr().out)
+    assert own == ("call.denied" in capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])

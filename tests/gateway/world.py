@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,11 +13,15 @@ import aiohttp
 from msgspec.structs import replace
 
 from meterlib import AsyncMeter, LedgerEntry, Limit, Policy, StoreOptions
+from meterlib.billing.budget import CostTables
+from meterlib.billing.pricing import TermsBook, books_of
+from meterlib.core.usd import COST
 from meterlib.gateway.app import Gateway
 from meterlib.gateway.callers import Callers
 from meterlib.gateway.server import Server
+from meterlib.gateway.spending import Spending
 from meterlib.gateway.tokens import hash_of
-from meterlib.settings import GatewaySettings, TenantSettings
+from meterlib.settings import BillingSettings, GatewaySettings, TenantSettings
 from meterlib.testing import Clock
 from tests.gateway.provider import Provider
 
@@ -31,6 +35,9 @@ LIMITS = (
     Limit(name="requests", quota=50, window="1m", per=["provider"]),
     Limit(name="input_tokens", unit="input_tokens", quota=50_000, window="1m", per=["provider"]),
 )
+
+
+BILLING = BillingSettings(fallback="none")
 
 
 class Got(NamedTuple):
@@ -151,6 +158,7 @@ async def a_world(
     clock: Clock | None = None,
     folder: Path | None = None,
     options: StoreOptions | None = None,
+    billing: BillingSettings = BILLING,
     **settings: Any,
 ) -> AsyncIterator[World]:
     """All of it, while the context lasts; without tenants, whoever brings a key may call."""
@@ -165,10 +173,24 @@ async def a_world(
         configured = GatewaySettings(**told)
         callers = Callers(configured, tenants, {"ANTHROPIC_API_KEY": PROVIDER_KEY, "OWN": OWN_KEY}, bytes(32))
         meter = AsyncMeter.connect(store, policy, options=options, clock=clock, journal=journal)
-        gateway = Gateway(configured, callers, meter, closes_meter=True, now_s=lambda: clock.now_ms / 1000)
+        counted = any(limit.unit == COST for limit in limits)
+        gateway = Gateway(
+            configured,
+            callers,
+            meter,
+            closes_meter=True,
+            spending=spending_of(billing, tenants, clock) if counted else None,
+            now_s=lambda: clock.now_ms / 1000,
+        )
         server = await end.enter_async_context(Server(gateway))
         http = await end.enter_async_context(aiohttp.ClientSession(auto_decompress=False))
         yield World(server, provider, clock, http)
+
+
+def spending_of(billing: BillingSettings, tenants: Sequence[TenantSettings], clock: Clock) -> Spending:
+    """What tells what calls cost, at the time that the test sets."""
+    costs = CostTables(books_of(billing), TermsBook(billing, tenants).of, billing.budget_basis)
+    return Spending(costs, billing.unpriced, now_ms=lambda: clock.now_ms)
 
 
 def _limited(tenant: TenantSettings) -> Any:
