@@ -1,30 +1,40 @@
-"""What an export costs: entries as a gateway books them, from a real server into an archive, and checked again.
+"""What bills cost: entries as a gateway books them, from a real server into an archive, rated, reported, and checked.
 
     python -m benchmarks.billing                    200,000 entries
-    python -m benchmarks.billing --entries 10000000
+    python -m benchmarks.billing --entries 10000000 --rounds 1
 
 The server is filled by XADD with the very fields that the scripts write, since booking so many calls one by one would
-take longer than all that is measured. Times depend on the machine and on what else it does; the CPU time of the
-exporting process depends on that less, and says which part is the dear one.
+take longer than all that is measured. Each step runs in a process of its own, whose memory is told with it. Times
+depend on the machine and on what else it does; the CPU time of the process depends on that less.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import random
 import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from meterlib import Meter, Policy, StoreOptions, Usage
+from meterlib.billing.answers import Reader
 from meterlib.billing.archive import Archive
+from meterlib.billing.cost_report import cost_report
 from meterlib.billing.export import Exporter
+from meterlib.billing.postings import Postings
+from meterlib.billing.price_files import claude_book
+from meterlib.billing.prices import PriceBooks
+from meterlib.billing.query import Query
+from meterlib.billing.rater import Prices, Rater
+from meterlib.billing.terms import LIST
+from meterlib.billing.usage_report import usage_report
 from meterlib.billing.verify import verify
 from meterlib.core.ledger import CallFacts, Outcome, counts_of, digest_of, encode
 from meterlib.core.usage import CacheCreation
@@ -36,6 +46,14 @@ EPOCH = f"{START_MS - 1000:013d}"
 MODELS = ("claude-sonnet-4-5", "claude-haiku-4-5", "claude-opus-4-5", "claude-sonnet-5-5")
 TENANTS, KEYS, SESSIONS = 40, 100, 2_000
 FILLED_AT_ONCE = 2_000
+REPORTS = {
+    "usage by tenant": (usage_report, ("tenant",)),
+    "cost by tenant": (cost_report, ("tenant",)),
+    "usage by tenant, model, local day": (usage_report, ("tenant", "model", "day")),
+    "cost by tenant, model, local day": (cost_report, ("tenant", "model", "day")),
+}
+TZ = "Europe/Berlin"
+Figures = Mapping[str, float]
 
 
 def entries(count: int, seed: int = 1) -> Iterator[dict[str, str | bytes]]:
@@ -80,26 +98,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and return 0."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.billing", description=__doc__)
     parser.add_argument("--entries", type=int, default=200_000, help="how many (default: 200000)")
-    parser.add_argument("--rounds", type=int, default=3, help="exports of the same entries; the best one counts")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each step; the best one counts")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as folder, _filled(Path(folder), options.entries) as meter:
-        exports = [_exported(Path(folder) / str(at), meter) for at in range(options.rounds)]
-        checks = [_verified(Path(folder) / "0")]
-    best = max(exports, key=lambda found: float(found["per_second"]))
-    document = {"entries": options.entries, "export": best, "verify": checks[0], "rss_mb_max": _rss_mb()}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        found = _measured(folder, options.entries, options.rounds)
     if options.json:
-        print(json.dumps(document, indent=2))
-    else:
-        print(f"{options.entries:,} entries, best of {options.rounds} exports; at most {document['rss_mb_max']} MB")
-        for name in ("export", "verify"):
-            print(f"{name:8}", *(f"{key} {value:,}" for key, value in document[name].items()), sep="  ")
+        print(json.dumps({"entries": options.entries, "steps": found}, indent=2))
+        return 0
+    print(f"{options.entries:,} entries, best of {options.rounds}")
+    for step, figures in found.items():
+        print(f"{step:34}", *(f"{key} {value:,}" for key, value in figures.items()), sep="  ")
     return 0
 
 
+def _measured(folder: Path, count: int, rounds: int) -> dict[str, Figures]:
+    """What each step took, by its name."""
+    with _filled(folder, count) as url:
+        found = {"export": _best([_alone(_exported, folder / str(at), url) for at in range(rounds)])}
+    archives = [folder / str(at) for at in range(rounds)]
+    found["rate"] = _best([_alone(_rated, archive) for archive in archives])
+    found["verify entries"] = _best([_alone(_verified, archives[0]) for _ in range(rounds)])
+    for name in REPORTS:
+        found[name] = _best([_alone(_reported, archives[0], name) for _ in range(rounds)])
+    return found
+
+
+def _best(runs: Sequence[Figures]) -> Figures:
+    return min(runs, key=lambda figures: figures["seconds"])
+
+
+def _alone(step: Callable[..., Figures], *arguments: object) -> Figures:
+    """What a step took in a process of its own, the memory that it took at most included."""
+    context = multiprocessing.get_context("spawn")
+    theirs, ours = context.Pipe()
+    process = context.Process(target=_run, args=(theirs, step, arguments))
+    process.start()
+    theirs.close()
+    try:
+        figures: Figures = ours.recv()
+    except EOFError:
+        raise SystemExit(f"{step.__name__} failed") from None
+    process.join()
+    return figures
+
+
+def _run(pipe: Any, step: Callable[..., Figures], arguments: Sequence[Any]) -> None:
+    pipe.send({**step(*arguments), "rss_mb_max": _rss_mb()})
+
+
 @contextmanager
-def _filled(folder: Path, count: int) -> Iterator[Meter]:
-    """A meter on a server of its own that has so many entries in one shard."""
+def _filled(folder: Path, count: int) -> Iterator[str]:
+    """The URL of a server of its own that has so many entries in one shard."""
     kind = "valkey" if available("valkey") is None else "redis"
     ledger = shard_keys("meterlib", 0)[3]
     with start_server(folder / "server", kind) as server, server.client() as client:
@@ -113,12 +164,12 @@ def _filled(folder: Path, count: int) -> Iterator[Meter]:
             pipeline.execute()
         if sys.stderr.isatty():
             print("\r\033[K", end="", file=sys.stderr)
-        with Meter.connect(server.url, Policy(limits=()), options=StoreOptions(shards=1), sweep_interval_ms=0) as meter:
-            yield meter
+        yield server.url
 
 
-def _exported(path: Path, meter: Meter) -> dict[str, float]:
-    with Archive(path) as archive:
+def _exported(path: Path, url: str) -> Figures:
+    options = StoreOptions(shards=1)
+    with Meter.connect(url, Policy(), options=options, sweep_interval_ms=0) as meter, Archive(path) as archive:
         began_s, cpu_s = time.perf_counter(), time.process_time()
         with Exporter(archive, meter._driver.run) as exporter:
             exported = exporter.export(0)
@@ -126,14 +177,39 @@ def _exported(path: Path, meter: Meter) -> dict[str, float]:
         if exported.problem is not None:
             raise exported.problem
         size = sum(archive.file(segment).stat().st_size for segment in archive.segments(0))
-    return _figures(exported.entries, took_s, used_s) | {"bytes_each": round(size / exported.entries, 1)}
+    return {**_figures(exported.entries, took_s, used_s), "bytes_each": round(size / exported.entries, 1)}
 
 
-def _verified(path: Path) -> dict[str, float]:
+def _rated(path: Path) -> Figures:
+    prices = Prices(books=PriceBooks(claude_book()), terms_of=lambda tenant: LIST)
+    with Archive(path) as archive:
+        began_s, cpu_s = time.perf_counter(), time.process_time()
+        with Rater(archive, prices) as rater:
+            rated = rater.rate(0)
+        took_s, used_s = time.perf_counter() - began_s, time.process_time() - cpu_s
+        postings = Postings(archive)
+        size = sum(file.stat().st_size for file in postings.files())
+        ((rows,),) = archive.database().execute(f"SELECT count(*) FROM ({postings.rows_sql()})").fetchall()
+    figures = _figures(rated.entries, took_s, used_s)
+    return {**figures, "rows_per_second": round(rows / took_s), "bytes_each": round(size / rated.entries, 1)}
+
+
+def _verified(path: Path) -> Figures:
     with Archive(path) as archive:
         began_s, cpu_s = time.perf_counter(), time.process_time()
         (verdict,) = verify(archive)
         return _figures(verdict.entries, time.perf_counter() - began_s, time.process_time() - cpu_s)
+
+
+def _reported(path: Path, name: str) -> Figures:
+    """A report from the opening of the archive to its last row."""
+    made, by = REPORTS[name]
+    with Archive(path) as archive:
+        began_s, cpu_s = time.perf_counter(), time.process_time()
+        with Reader(Postings(archive)) as reader:
+            rows = len(list(made(reader, Query(by=by, tz=TZ)).rows()))
+        took_s, used_s = time.perf_counter() - began_s, time.process_time() - cpu_s
+    return {"seconds": round(took_s, 2), "cpu_s": round(used_s, 2), "rows": rows}
 
 
 def _figures(count: int, took_s: float, cpu_s: float) -> dict[str, float]:

@@ -174,7 +174,9 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         attributes: further attributes of calls, each with the header that tells it; Claude Code's session and agent by
             default.
         models: names or patterns with `*` of the models that may be used; all by default.
-        betas: the values of `anthropic-beta` that are passed on, the others being dropped; all by default.
+        betas: the values of `anthropic-beta` that are passed on, the others being dropped; all by default. A body that
+            uses what was dropped is refused by the provider: callers of Claude Code then need
+            `CLAUDE_CODE_DISABLE_EXPERIMENTAL_BETAS=1`.
         ratelimit_headers: whose numbers a caller with its own provider key sees: `ours`, or `upstream` where no limit
             of ours says anything.
         count_invalid_requests: whether a call whose body makes no sense counts as a request.

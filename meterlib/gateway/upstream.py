@@ -80,7 +80,8 @@ class Answer:
 class Upstream:
     """The provider.
 
-    It never follows a redirect, keeps no cookies, and reaches no other host than the configured one.
+    It never follows a redirect, keeps no cookies, and reaches no other host than the configured one. Nothing is asked
+    twice: that a connection broke before its answer began does not prove that nobody worked on the call.
     """
 
     def __init__(self, settings: GatewaySettings) -> None:

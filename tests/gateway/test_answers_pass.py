@@ -285,6 +285,24 @@ def test_every_event_is_there_before_the_next_is_sent(encoding: Any) -> None:
     run(use, HOSTED, limits=WIDE)
 
 
+@pytest.mark.parametrize("framing", ["chunked", "length"])
+def test_nothing_on_its_way_may_hold_a_stream_back(framing: Any) -> None:
+    """Neither caches nor proxies; and its length may change by a ping."""
+
+    async def use(world: World) -> None:
+        headers = {"cache-control": "public, max-age=60"}
+        world.provider.answers(Answer(events=EVENTS, framing=framing, headers=headers))
+        got = await world.post(stream=True)
+
+        assert ("no-cache", "no") == (got.headers["cache-control"], got.headers["x-accel-buffering"])
+        assert "content-length" not in got.headers
+        plain = await world.post()
+        assert str(len(plain.body)) == plain.headers["content-length"]
+        assert "x-accel-buffering" not in plain.headers
+
+    run(use, HOSTED, limits=WIDE)
+
+
 def test_plain_answers_are_not_held_back() -> None:
     """Half of a JSON document is there before the other half is sent."""
 

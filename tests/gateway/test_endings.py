@@ -307,6 +307,7 @@ def test_no_answer_at_all_is_estimated(instead: Any) -> None:
         assert "no_answer" == entry.facts["end"]
         assert got.headers["request-id"] == entry.facts["request_id"]
         assert (await used(world))["input_tokens"] > 0
+        assert 1 == len(world.provider.requests), "asked again, though the first may have been worked on"
 
     run(use, HOSTED, limits=WIDE)
 
