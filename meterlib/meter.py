@@ -860,7 +860,7 @@ class AsyncMeter(_Meter):
 
     async def _sweep_for_ever(self) -> None:
         shard, failed = 0, False
-        while True:
+        while not self._closed:  # a cancellation may be swallowed on its way: asyncio.wait_for does, before 3.12
             await asyncio.sleep(self._sweep_interval_ms / 1000 / self.shards)
             try:
                 await self._driver.follow()

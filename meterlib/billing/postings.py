@@ -151,7 +151,7 @@ class Postings:
             return "''"
         first_ms, end_ms = self.closes[0].from_ms, self.closes[-1].until_ms
         touched, own = month_sql(known, "touches_ms"), month_sql(known, "booked_at_ms")
-        closed = f"touches_ms >= {first_ms} AND touches_ms < {end_ms} AND touches_ms < booked_at_ms"
+        closed = f"touches_ms >= {first_ms} AND touches_ms < {end_ms}"
         return f"CASE WHEN {closed} AND {touched} <> {own} THEN {touched} ELSE '' END"
 
     def _repost_periods(self, repost: Repost, known: list[Any]) -> str:

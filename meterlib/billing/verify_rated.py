@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +257,11 @@ class _RatedCheck:
         extra = {file.name for file in repost.folder.iterdir()} - {*repost.files, "manifest.json"}
         for name in sorted(extra):
             self._found.problems.append(f"{repost.folder / name} is not a file of re-rating {repost.number}")
+        named = sorted(segment for name in repost.files if (segment := Segment.named(name)) is not None)
+        for one, other in pairwise(named):
+            if (one.epoch, one.shard) == (other.epoch, other.shard) and other.first <= one.last:
+                entries = f"{one.shard}:{other.first}-{min(one.last, other.last)}"
+                self._found.problems.append(f"{repost.folder / other.name}: entries {entries} are in another file, too")
         for name in repost.files:
             path = repost.folder / name
             self._guarded(partial(self._check_reposted, repost, path, before), path)

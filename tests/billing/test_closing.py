@@ -329,7 +329,22 @@ def test_an_entry_that_a_clock_set_back_books_into_a_closed_month_is_of_the_next
     assert {("2026-10", ""): Decimal("0.5"), ("2026-11", "2026-10"): Decimal("0.5")} == by_period(ledgers)
     assert [(at_ms("2026-11-01"),)] == ledgers.query("SELECT DISTINCT booked_at_ms FROM rows WHERE n = 2")
     assert [october] == closes_of(ledgers.path)
+    november = closed(ledgers, "2026-11")
+    assert (2, {"settled": 1}) == (november.shards[0].last, november.shards[0].entries)
     assert [] == ledgers.problems()
+
+
+def test_a_late_usage_belongs_to_the_call_before_it_not_to_one_that_took_its_id_later(ledgers: Ledgers) -> None:
+    """Ids are remembered for a day; then a caller may give them again."""
+    lost = ledgers.call("2026-10-31T23:50", kind="expired", usage={}, reservation_id="lost")
+    late: dict[str, Any] = {"kind": "late", "after": "expired", "reservation_id": "lost", "at": lost.reserved_at}
+    ledgers.call(model="steep", usage=MTOK, booked_at=at_ms("2026-11-01"), **late)
+    ledgers.call("2026-11-03", kind="expired", usage={}, reservation_id="lost")
+    ledgers.rate()
+
+    closed(ledgers, "2026-10")
+
+    assert {("2026-11", "2026-10")} == set(by_period(ledgers))
 
 
 # ── Once, and never changed ───────────────────────────────────────────────────────────────────────────────────────────

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import tracemalloc
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,20 @@ def test_a_correction_is_rated_with_the_call_that_it_corrects(ledgers: Ledgers) 
     assert sum(row.quantity * row.list_price for row in steep if row.list_price) == 102_000 * steep[-1].list_price  # type: ignore[operator]
     assert f"{steep[-1].list_price:.1f}" == "0.5"
     assert [] == ledgers.problems()
+
+
+def test_a_correction_of_a_correction_counts_for_those_that_come_after_it(ledgers: Ledgers) -> None:
+    """Though they name the call and not it, and it is in another segment."""
+    call = ledgers.call(OCTOBER, "steep", tokens(input_tokens=90_000))
+    first = ledgers.correction(call, OCTOBER + 1000, {"input_tokens": 5_000})
+    ledgers.correction(first, OCTOBER + 2000, {"input_tokens": 20_000})
+    some(ledgers, 3)
+    ledgers.correction(call, OCTOBER + 9000, {"input_tokens": -10_000})
+    ledgers.rate()
+
+    assert as_rated(ledgers.entries) == ledgers.rows()
+    standing = sum(row.quantity * row.list_price for row in ledgers.rows("model = 'steep'") if row.list_price)
+    assert standing == Decimal("0.5") * 105_000
 
 
 def test_a_call_that_expired_and_turns_out_to_have_used_something_costs_that(ledgers: Ledgers) -> None:

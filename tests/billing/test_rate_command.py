@@ -16,7 +16,7 @@ from meterlib.cli import main
 from meterlib.config import Config
 from meterlib.errors import PolicyError
 from tests.billing.money import BOOK, at_ms, tokens
-from tests.billing.posting import DEARER, WIDER, Ledgers, as_rated, prices
+from tests.billing.posting import DEARER, WIDER, Ledgers, amounts, as_rated, prices
 
 SETTINGS = """\
 [store]
@@ -241,6 +241,7 @@ def test_what_is_rated_or_joined_meanwhile_does_no_harm(ledgers: Ledgers) -> Non
         assert 1 == rerating.post(1_900_000_000_000)
 
     assert [(n,) for n in range(1, 6)] == ledgers.query("SELECT DISTINCT n FROM rows WHERE rating = 1 ORDER BY n")
+    assert amounts(as_rated(ledgers.entries, DEARER)) == ledgers.totals()
     assert 0 == ledgers.rate_again(DEARER)
     assert [] == ledgers.problems()
 

@@ -23,7 +23,7 @@ from meterlib.billing.verify import Known, ShardVerdict, verify
 from meterlib.billing.verify_rated import verify_rated
 from meterlib.cli import main
 from tests.billing.exporting import Books
-from tests.billing.money import at_ms, entry, tokens
+from tests.billing.money import BOOK, at_ms, entry, tokens
 from tests.billing.posting import DEARER, Ledgers
 
 
@@ -361,6 +361,22 @@ def test_a_forged_row_of_a_re_rating_is_found(rated_copy: Ledgers, change: str, 
     forged_rated(rated_files(rated_copy.path, "rating-0001")[0], change)
 
     assert any(told in problem for problem in rated_copy.problems()), rated_copy.problems()
+
+
+def test_what_was_taken_back_cannot_be_taken_back_once_more(rated_copy: Ledgers) -> None:
+    """The second re-rating has to take back what the first one posted."""
+    rated_copy.rate_again(BOOK)
+    assert [] == rated_copy.problems()
+    names = ("list", "contracted", "billed", "upstream")
+    # What the entry cost at first, which the first re-rating took back.
+    as_first = ", ".join(f"{name}_price = p.{name}_price, {name}_cost = -p.{name}_cost" for name in names)
+    forged_rated(
+        rated_files(rated_copy.path, "rating-0002")[0],
+        f"UPDATE rated SET reverses = 0, price_digest = p.price_digest, {as_first}"
+        " FROM (SELECT * FROM rated WHERE n = 2 AND posting = 1) p WHERE rated.n = 2 AND rated.posting = -1",
+    )
+
+    assert any("entry 0:2 does not take back what stood" in problem for problem in rated_copy.problems())
 
 
 def test_rated_files_out_of_their_place_are_named(rated_copy: Ledgers) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,28 @@ def test_an_async_meter_reaches_a_cluster(cluster: Server) -> None:
             return entry.n
 
     assert 1 == asyncio.run(reserve())
+
+
+def test_a_meter_closes_though_its_client_swallows_a_cancellation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As redis-py does on Python 3.11 if an answer comes in the very moment."""
+
+    async def main() -> bool:
+        meter = AsyncMeter.connect("memory://", POLICY, sweep_interval_ms=16)
+        begun = asyncio.Event()
+
+        async def swallowing() -> None:
+            monkeypatch.undo()
+            begun.set()
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(3600)
+
+        monkeypatch.setattr(meter._driver, "follow", swallowing)
+        await meter.reserve("acme", CALL)
+        await begun.wait()
+        closed, _ = await asyncio.wait([asyncio.create_task(meter.aclose())], timeout=10)
+        return bool(closed)
+
+    assert asyncio.run(main())
 
 
 def test_two_thousand_waiting_tasks_share_a_bounded_pool(server: Server) -> None:
