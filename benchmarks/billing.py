@@ -24,18 +24,18 @@ from pathlib import Path
 from typing import Any
 
 from meterlib import Meter, Policy, StoreOptions, Usage
-from meterlib.billing.answers import Reader
-from meterlib.billing.archive import Archive
-from meterlib.billing.cost_report import cost_report
-from meterlib.billing.export import Exporter
-from meterlib.billing.postings import Postings
-from meterlib.billing.price_files import claude_book
-from meterlib.billing.prices import PriceBooks
-from meterlib.billing.query import Query
-from meterlib.billing.rater import Prices, Rater
-from meterlib.billing.terms import LIST
-from meterlib.billing.usage_report import usage_report
-from meterlib.billing.verify import verify
+from meterlib.billing.archive.archive import Archive
+from meterlib.billing.archive.verify import verify
+from meterlib.billing.export.export import Exporter
+from meterlib.billing.postings.postings import Postings
+from meterlib.billing.postings.rater import Prices, Rater
+from meterlib.billing.prices.files import claude_book
+from meterlib.billing.prices.prices import PriceBooks
+from meterlib.billing.prices.terms import LIST
+from meterlib.billing.reports.answers import Reader
+from meterlib.billing.reports.cost import cost_report
+from meterlib.billing.reports.query import Query
+from meterlib.billing.reports.usage import usage_report
 from meterlib.core.ledger import CallFacts, Outcome, counts_of, digest_of, encode
 from meterlib.core.usage import CacheCreation
 from meterlib.store.keys import shard_keys

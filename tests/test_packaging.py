@@ -14,7 +14,7 @@ import meterlib, fakeredis
 meter = meterlib.Meter(fakeredis.FakeRedis(), meterlib.Policy.preset("buildkite-anthropic"))
 with meter:
     meter.reserve("acme", {"provider": "anthropic"}).settle(meterlib.Usage(input_tokens=1, output_tokens=1))
-from meterlib.billing.price_files import claude_book
+from meterlib.billing.prices.files import claude_book
 assert claude_book().models
 print(meterlib.__file__)
 """

@@ -10,12 +10,12 @@ from tempfile import TemporaryDirectory
 import msgspec
 
 from meterlib.billing import duck
-from meterlib.billing.bundle import BundleManifest, write_bundle
-from meterlib.billing.bundle_check import BundleVerdict, verify_bundle
-from meterlib.billing.bundle_gather import gather
-from meterlib.billing.invoice import Invoice
-from meterlib.billing.postings import Postings
-from meterlib.billing.pricing import books_of
+from meterlib.billing.bundle.bundle import BundleManifest, write_bundle
+from meterlib.billing.bundle.check import BundleVerdict, verify_bundle
+from meterlib.billing.bundle.gather import gather
+from meterlib.billing.postings.postings import Postings
+from meterlib.billing.prices.pricing import books_of
+from meterlib.billing.reports.invoice import Invoice
 from meterlib.cli.exits import INTEGRITY, OK
 from meterlib.cli.progress import Progress
 from meterlib.config import Config

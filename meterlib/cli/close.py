@@ -12,10 +12,10 @@ from pathlib import Path
 
 import msgspec
 
-from meterlib.billing.archive import Archive
-from meterlib.billing.closes import Close, file_of
-from meterlib.billing.closing import Closing, Word, word_of
-from meterlib.billing.postings import Postings
+from meterlib.billing.archive.archive import Archive
+from meterlib.billing.postings.closes import Close, file_of
+from meterlib.billing.postings.closing import Closing, Word, word_of
+from meterlib.billing.postings.postings import Postings
 from meterlib.cli.exits import INCOMPLETE, INTEGRITY, OK
 from meterlib.cli.options import add_config, add_json
 from meterlib.cli.store import opened

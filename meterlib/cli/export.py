@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from meterlib.billing.archive import Archive
-from meterlib.billing.export import Accepted, Export, Exported
-from meterlib.billing.postgres_schema import ddl
-from meterlib.billing.rater import Rated
-from meterlib.billing.sinks import Sink
-from meterlib.billing.start import Start
-from meterlib.billing.trim import trim
+from meterlib.billing.archive.archive import Archive
+from meterlib.billing.archive.sinks import Sink
+from meterlib.billing.export.export import Accepted, Export, Exported
+from meterlib.billing.export.postgres_schema import ddl
+from meterlib.billing.export.start import Start
+from meterlib.billing.export.trim import trim
+from meterlib.billing.postings.rater import Rated
 from meterlib.cli.exits import FAILURE, INTEGRITY, OK
 from meterlib.cli.options import add_config, add_json, whole_number
 from meterlib.cli.progress import Progress

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
-from meterlib.billing.fork import Loss, Side, fork, loss_of
-from meterlib.billing.report import Report
+from meterlib.billing.export.fork import Loss, Side, fork, loss_of
+from meterlib.billing.reports.report import Report
 from meterlib.cli.exits import FAILURE, OK
 from meterlib.cli.options import add_config, add_json, whole_number
 from meterlib.cli.sinks import check_none_is_missing, opened_sinks

@@ -13,11 +13,11 @@ from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from meterlib.billing.measures import PROVIDER
-from meterlib.billing.price_diff import Change, changes, text_of
-from meterlib.billing.price_files import claude_book, load_book, read_book
-from meterlib.billing.prices import PER, TOKEN_TYPES, Price, PriceBook, PriceBooks, PricedModel
-from meterlib.billing.pricing import books_of
+from meterlib.billing.prices.diff import Change, changes, text_of
+from meterlib.billing.prices.files import claude_book, load_book, read_book
+from meterlib.billing.prices.prices import PER, TOKEN_TYPES, Price, PriceBook, PriceBooks, PricedModel
+from meterlib.billing.prices.pricing import books_of
+from meterlib.billing.rating.measures import PROVIDER
 from meterlib.cli.exits import OK
 from meterlib.cli.options import add_config, add_json, moment_ms
 from meterlib.cli.tables import Column, print_table

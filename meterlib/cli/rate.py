@@ -12,15 +12,15 @@ from typing import Any
 
 import msgspec
 
-from meterlib.billing.archive import Archive
-from meterlib.billing.genai import GenaiPrices
-from meterlib.billing.postings import Postings
-from meterlib.billing.price_files import claude_book
-from meterlib.billing.prices import PriceBooks
-from meterlib.billing.pricing import TermsBook, books_of
-from meterlib.billing.rated import COSTS
-from meterlib.billing.rater import Prices, Rated, Rater
-from meterlib.billing.reratings import Rerating
+from meterlib.billing.archive.archive import Archive
+from meterlib.billing.postings.postings import Postings
+from meterlib.billing.postings.rater import Prices, Rated, Rater
+from meterlib.billing.postings.reratings import Rerating
+from meterlib.billing.prices.files import claude_book
+from meterlib.billing.prices.genai import GenaiPrices
+from meterlib.billing.prices.prices import PriceBooks
+from meterlib.billing.prices.pricing import TermsBook, books_of
+from meterlib.billing.rating.rated import COSTS
 from meterlib.cli.exits import FAILURE, OK
 from meterlib.cli.options import add_config, add_json, moment_ms
 from meterlib.cli.progress import Progress

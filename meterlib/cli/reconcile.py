@@ -13,14 +13,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from meterlib.billing import duck
-from meterlib.billing.archive import Archive
-from meterlib.billing.postings import Postings
-from meterlib.billing.provider_cells import MEASURES, Cell, CostCell, moment_text
-from meterlib.billing.provider_files import read_reports
-from meterlib.billing.provider_ids import IdMap, Scope
-from meterlib.billing.reconcile import CAUSES, Cause, Difference, Evidence
-from meterlib.billing.reconcile_money import MoneyDifference
-from meterlib.billing.reconciliation import HARMLESS, Reconciliation, Sides, reconcile
+from meterlib.billing.archive.archive import Archive
+from meterlib.billing.postings.postings import Postings
+from meterlib.billing.reconcile.cells import MEASURES, Cell, CostCell, moment_text
+from meterlib.billing.reconcile.files import read_reports
+from meterlib.billing.reconcile.ids import IdMap, Scope
+from meterlib.billing.reconcile.money import MoneyDifference
+from meterlib.billing.reconcile.reconcile import CAUSES, Cause, Difference, Evidence
+from meterlib.billing.reconcile.reconciliation import HARMLESS, Reconciliation, Sides, reconcile
 from meterlib.cli.exits import OK, OUTSIDE_TOLERANCE
 from meterlib.cli.options import add_config, moment_ms, whole_number
 from meterlib.cli.tables import Column, print_table

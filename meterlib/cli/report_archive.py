@@ -12,21 +12,21 @@ from typing import Any, NamedTuple, TextIO, get_args
 
 import msgspec
 
-from meterlib.billing.answers import Answer, Reader
-from meterlib.billing.archive import Archive
-from meterlib.billing.cost_report import cost_report
-from meterlib.billing.denied import Denied, denied
-from meterlib.billing.evidence import Evidence, evidence, unknown_names
-from meterlib.billing.focus import Focus, check_issuer, write_billing_periods, write_focus
-from meterlib.billing.focus_columns import Version
-from meterlib.billing.invoice import Invoice, invoice
-from meterlib.billing.limits_report import limits_report
-from meterlib.billing.page import page
-from meterlib.billing.page_facts import facts
-from meterlib.billing.page_invoice import invoice_page
-from meterlib.billing.postings import Postings
-from meterlib.billing.query import BASES, TIMES, WORDS, Query, name_of
-from meterlib.billing.usage_report import usage_report
+from meterlib.billing.archive.archive import Archive
+from meterlib.billing.focus.columns import Version
+from meterlib.billing.focus.focus import Focus, check_issuer, write_billing_periods, write_focus
+from meterlib.billing.page.facts import facts
+from meterlib.billing.page.invoice import invoice_page
+from meterlib.billing.page.page import page
+from meterlib.billing.postings.postings import Postings
+from meterlib.billing.reports.answers import Answer, Reader
+from meterlib.billing.reports.cost import cost_report
+from meterlib.billing.reports.denied import Denied, denied
+from meterlib.billing.reports.evidence import Evidence, evidence, unknown_names
+from meterlib.billing.reports.invoice import Invoice, invoice
+from meterlib.billing.reports.limits import limits_report
+from meterlib.billing.reports.query import BASES, TIMES, WORDS, Query, name_of
+from meterlib.billing.reports.usage import usage_report
 from meterlib.cli import bundles, report_live
 from meterlib.cli.exits import INCOMPLETE, OK
 from meterlib.cli.options import add_config, moment_ms

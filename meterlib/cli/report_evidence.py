@@ -6,10 +6,10 @@ import argparse
 import textwrap
 from collections.abc import Iterable, Sequence
 
-from meterlib.billing.evidence import Evidence, ShardEvidence, Tail
-from meterlib.billing.postings import Postings
-from meterlib.billing.query import Query
-from meterlib.billing.start import Start
+from meterlib.billing.export.start import Start
+from meterlib.billing.postings.postings import Postings
+from meterlib.billing.reports.evidence import Evidence, ShardEvidence, Tail
+from meterlib.billing.reports.query import Query
 from meterlib.cli.store import Store, opened
 from meterlib.cli.times import terminal_width
 from meterlib.config import Config

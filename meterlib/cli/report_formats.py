@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import mkstemp
 from typing import Any, TextIO
 
-from meterlib.billing.answers import Answer, Column, Row, Value
+from meterlib.billing.reports.answers import Answer, Column, Row, Value
 from meterlib.core.money import plain
 
 JSON_SAFE = 2**53

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 import msgspec
 
-from meterlib.billing.invoice import SECTIONS, Invoice, Line, SectionName
+from meterlib.billing.reports.invoice import SECTIONS, Invoice, Line, SectionName
 from meterlib.cli.report_formats import safe_cell
 from meterlib.cli.report_tables import AT_LEAST, money_text
 from meterlib.cli.tables import Column, print_table

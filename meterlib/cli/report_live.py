@@ -12,8 +12,8 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from meterlib.billing.estimates import Accuracy, Estimates
-from meterlib.billing.report import (
+from meterlib.billing.reports.estimates import Accuracy, Estimates
+from meterlib.billing.reports.report import (
     DIMENSIONS,
     Completeness,
     Group,

@@ -7,10 +7,10 @@ from contextlib import redirect_stdout
 from decimal import Decimal
 from typing import TextIO
 
-from meterlib.billing.answers import Answer, Totals, Value
-from meterlib.billing.answers import Column as Told
-from meterlib.billing.denied import Denied
-from meterlib.billing.query import COSTS
+from meterlib.billing.reports.answers import Answer, Totals, Value
+from meterlib.billing.reports.answers import Column as Told
+from meterlib.billing.reports.denied import Denied
+from meterlib.billing.reports.query import COSTS
 from meterlib.cli.report_live import ALWAYS_SHOWN, HEADINGS
 from meterlib.cli.tables import Column, print_table
 from meterlib.cli.times import at_text

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from meterlib.billing.archive import Archive
-from meterlib.billing.postgres import Postgres
-from meterlib.billing.sinks import Sink
+from meterlib.billing.archive.archive import Archive
+from meterlib.billing.archive.sinks import Sink
+from meterlib.billing.export.postgres import Postgres
 from meterlib.cli.store import Store
 from meterlib.config import Config
 from meterlib.errors import PolicyError

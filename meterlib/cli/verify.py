@@ -11,10 +11,10 @@ from typing import Any
 
 import msgspec
 
-from meterlib.billing.archive import Archive
-from meterlib.billing.pieces import RatedFiles
-from meterlib.billing.verify import Known, ShardVerdict, verify
-from meterlib.billing.verify_rated import RatedVerdict, marks_of, verify_rated
+from meterlib.billing.archive.archive import Archive
+from meterlib.billing.archive.verify import Known, ShardVerdict, verify
+from meterlib.billing.postings.pieces import RatedFiles
+from meterlib.billing.postings.verify_rated import RatedVerdict, marks_of, verify_rated
 from meterlib.cli import bundles
 from meterlib.cli.exits import INTEGRITY, OK
 from meterlib.cli.options import add_json

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from meterlib import LedgerEntry, LimitState
-from meterlib.billing.report import Report, fold
+from meterlib.billing.reports.report import Report, fold
 from meterlib.demo.audit import Audit
 from meterlib.demo.callers import CALLERS, MINUTE, PRESET
 from meterlib.demo.traffic import Event, EventKind, Traffic, spoken

@@ -52,7 +52,8 @@ def spending_for(config: Config) -> Spending | None:
     """
     if not any(limit.unit == COST for limit in config.policy.limits):
         return None
-    from meterlib.billing import budget, pricing  # only now: most gateways need no prices
+    from meterlib.billing.prices import pricing  # only now: most gateways need no prices
+    from meterlib.billing.rating import budget
 
     terms = pricing.TermsBook(config.billing, config.tenant)
     costs = budget.CostTables(pricing.books_of(config.billing), terms.of, config.billing.budget_basis)

@@ -25,14 +25,14 @@ PROVIDER = "anthropic"
 
 
 class Costs(Protocol):
-    """Tells what calls cost; `meterlib.billing.budget.CostTable` does."""
+    """Tells what calls cost; `meterlib.billing.rating.budget.CostTable` does."""
 
     def cost_nanousd(self, model: str, usage: Usage, *, at_ms: int, provider: str) -> int | None:
         """What a call cost, in nanodollars; None if that is not known."""
 
 
 class CostsOfTenants(Protocol):
-    """Tells whose costs are which; `meterlib.billing.budget.CostTables` does."""
+    """Tells whose costs are which; `meterlib.billing.rating.budget.CostTables` does."""
 
     def of(self, tenant: str, funding: Funding) -> Costs:
         """The costs of a tenant's calls."""

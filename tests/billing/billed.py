@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from meterlib import Usage
-from meterlib.billing.closing import Closing
-from meterlib.billing.postings import Postings
-from meterlib.billing.price_files import parse_book
-from meterlib.billing.prices import PriceBooks
-from meterlib.billing.rater import Prices, Rater
-from meterlib.billing.reratings import Rerating
-from meterlib.billing.terms import Terms
+from meterlib.billing.postings.closing import Closing
+from meterlib.billing.postings.postings import Postings
+from meterlib.billing.postings.rater import Prices, Rater
+from meterlib.billing.postings.reratings import Rerating
+from meterlib.billing.prices.files import parse_book
+from meterlib.billing.prices.prices import PriceBooks
+from meterlib.billing.prices.terms import Terms
 from meterlib.core.usage import CacheCreation, ServerToolUse
 from tests.billing.exporting import Books
 from tests.billing.money import at_ms, claude

@@ -9,9 +9,9 @@ from typing import Any
 import fakeredis
 
 from meterlib import LedgerEntry, Limit, Meter, Policy, StoreOptions, Usage
-from meterlib.billing.archive import Archive
-from meterlib.billing.export import Accepted, Exported, Exporter
-from meterlib.billing.verify import verify
+from meterlib.billing.archive.archive import Archive
+from meterlib.billing.archive.verify import verify
+from meterlib.billing.export.export import Accepted, Exported, Exporter
 from meterlib.core.usage import CacheCreation, Iteration, ServerToolUse
 from meterlib.store.keys import shard_keys
 from meterlib.testing import Clock

@@ -8,8 +8,8 @@ from typing import Any
 from hypothesis import strategies as st
 
 from meterlib import LedgerEntry
-from meterlib.billing.price_files import claude_book, parse_book
-from meterlib.billing.prices import PriceBooks
+from meterlib.billing.prices.files import claude_book, parse_book
+from meterlib.billing.prices.prices import PriceBooks
 from meterlib.core.ledger import counts_of
 from meterlib.core.usage import CacheCreation, Iteration, ServerToolUse, Usage
 

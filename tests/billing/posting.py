@@ -11,19 +11,19 @@ import msgspec
 
 from meterlib import LedgerEntry
 from meterlib.billing import duck
-from meterlib.billing.closes import Close
-from meterlib.billing.closing import Closing, word_of
-from meterlib.billing.postings import Postings
-from meterlib.billing.price_files import parse_book
-from meterlib.billing.prices import PriceBooks
-from meterlib.billing.rated import COSTS, RatedRow, Totals
-from meterlib.billing.rater import Prices, Rated, Rater
-from meterlib.billing.rating import add_usage, rate
-from meterlib.billing.rating_sql import COLUMNS
-from meterlib.billing.reratings import Rerating
-from meterlib.billing.terms import LIST, Terms
-from meterlib.billing.verify import verify
-from meterlib.billing.verify_rated import marks_of, verify_rated
+from meterlib.billing.archive.verify import verify
+from meterlib.billing.postings.closes import Close
+from meterlib.billing.postings.closing import Closing, word_of
+from meterlib.billing.postings.postings import Postings
+from meterlib.billing.postings.rater import Prices, Rated, Rater
+from meterlib.billing.postings.reratings import Rerating
+from meterlib.billing.postings.verify_rated import marks_of, verify_rated
+from meterlib.billing.prices.files import parse_book
+from meterlib.billing.prices.prices import PriceBooks
+from meterlib.billing.prices.terms import LIST, Terms
+from meterlib.billing.rating.rated import COSTS, RatedRow, Totals
+from meterlib.billing.rating.rating import add_usage, rate
+from meterlib.billing.rating.rating_sql import COLUMNS
 from meterlib.core.ledger import CallFacts, Outcome, digest_of, encode
 from tests.billing.exporting import LEDGER, Books
 from tests.billing.money import BOOK, entry

@@ -11,12 +11,12 @@ from typing import Any
 import duckdb
 
 from meterlib import LedgerEntry
+from meterlib.billing.archive.rows import VERBATIM, made_from
 from meterlib.billing.duck import quoted
-from meterlib.billing.prices import PriceBooks
-from meterlib.billing.rating import rate
-from meterlib.billing.rating_sql import COLUMNS
-from meterlib.billing.rows import VERBATIM, made_from
-from meterlib.billing.terms import LIST, Terms
+from meterlib.billing.prices.prices import PriceBooks
+from meterlib.billing.prices.terms import LIST, Terms
+from meterlib.billing.rating.rating import rate
+from meterlib.billing.rating.rating_sql import COLUMNS
 from meterlib.core.ledger import CallFacts, Outcome, encode
 from meterlib.core.periods import period_at
 

@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meterlib import LedgerEntry
-from meterlib.billing.archive import Archive
-from meterlib.billing.lines import Lines
-from meterlib.billing.rows import COUNTS, MADE, VERBATIM, chained, entry_from, fields_of, first_link
-from meterlib.billing.segments import Segment
-from meterlib.billing.sinks import Position
+from meterlib.billing.archive.archive import Archive
+from meterlib.billing.archive.lines import Lines
+from meterlib.billing.archive.rows import COUNTS, MADE, VERBATIM, chained, entry_from, fields_of, first_link
+from meterlib.billing.archive.segments import Segment
+from meterlib.billing.archive.sinks import Position
 from meterlib.core.ledger import CallFacts, Outcome, encode, entry_of
 from meterlib.errors import IntegrityError, UsageError
 from tests.billing.exporting import Books
@@ -306,7 +306,7 @@ def test_without_duckdb_the_archive_says_how_to_get_it(tmp_path: Path, monkeypat
 
 def test_meterlib_is_imported_without_duckdb() -> None:
     """Whoever does not bill does not pay for it."""
-    program = "import sys, meterlib, meterlib.cli, meterlib.billing.export; print('duckdb' in sys.modules)"
+    program = "import sys, meterlib, meterlib.cli, meterlib.billing.export.export; print('duckdb' in sys.modules)"
 
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
 

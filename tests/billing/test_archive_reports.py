@@ -15,19 +15,19 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from meterlib import InvalidInput, LedgerEntry
-from meterlib.billing.answers import Answer, Reader
-from meterlib.billing.cost_report import cost_report
-from meterlib.billing.estimates import Estimates
-from meterlib.billing.invoice import Invoice, invoice
-from meterlib.billing.limits_report import limits_report
-from meterlib.billing.measures import passes_of
-from meterlib.billing.query import COSTS, Query
-from meterlib.billing.rated import RatedRow
-from meterlib.billing.rating import rate
-from meterlib.billing.report import contributions, fold, hour_text
-from meterlib.billing.rerating import compare
-from meterlib.billing.terms import LIST, Terms
-from meterlib.billing.usage_report import TOKEN_TYPES, UNSPLIT, usage_report
+from meterlib.billing.prices.terms import LIST, Terms
+from meterlib.billing.rating.measures import passes_of
+from meterlib.billing.rating.rated import RatedRow
+from meterlib.billing.rating.rating import rate
+from meterlib.billing.rating.rerating import compare
+from meterlib.billing.reports.answers import Answer, Reader
+from meterlib.billing.reports.cost import cost_report
+from meterlib.billing.reports.estimates import Estimates
+from meterlib.billing.reports.invoice import Invoice, invoice
+from meterlib.billing.reports.limits import limits_report
+from meterlib.billing.reports.query import COSTS, Query
+from meterlib.billing.reports.report import contributions, fold, hour_text
+from meterlib.billing.reports.usage import TOKEN_TYPES, UNSPLIT, usage_report
 from meterlib.core.money import ZERO, plus
 from meterlib.core.periods import PeriodName, period_at
 from tests.billing.money import at_ms, books, entries, entry, tokens

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meterlib.billing.budget import CostTable, CostTables
-from meterlib.billing.compiled import cases
-from meterlib.billing.measures import passes_of_usage, variant_of
-from meterlib.billing.price_files import parse_book
-from meterlib.billing.prices import BEGINNING_MS, END_MS, PriceBooks, Rate
-from meterlib.billing.rated import RatedRow, Totals
-from meterlib.billing.rating import rate
-from meterlib.billing.terms import LIST, Terms
+from meterlib.billing.prices.files import parse_book
+from meterlib.billing.prices.prices import BEGINNING_MS, END_MS, PriceBooks, Rate
+from meterlib.billing.prices.terms import LIST, Terms
+from meterlib.billing.rating.budget import CostTable, CostTables
+from meterlib.billing.rating.compiled import cases
+from meterlib.billing.rating.measures import passes_of_usage, variant_of
+from meterlib.billing.rating.rated import RatedRow, Totals
+from meterlib.billing.rating.rating import rate
 from meterlib.core.usage import CacheCreation, Iteration, ServerToolUse, Usage
 from tests.billing.money import BOOK, at_ms, books, claude, entry, models, moments, usages
 

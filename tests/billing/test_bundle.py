@@ -19,14 +19,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from meterlib.billing import duck
-from meterlib.billing.answers import Reader
-from meterlib.billing.bundle import BundleManifest, FileFacts, encoded, put, write_bundle
-from meterlib.billing.bundle_check import BundleVerdict, verify_bundle
-from meterlib.billing.bundle_gather import gather
-from meterlib.billing.invoice import invoice
-from meterlib.billing.postings import Postings
-from meterlib.billing.price_files import parse_book
-from meterlib.billing.prices import PriceBooks
+from meterlib.billing.bundle.bundle import BundleManifest, FileFacts, encoded, put, write_bundle
+from meterlib.billing.bundle.check import BundleVerdict, verify_bundle
+from meterlib.billing.bundle.gather import gather
+from meterlib.billing.postings.postings import Postings
+from meterlib.billing.prices.files import parse_book
+from meterlib.billing.prices.prices import PriceBooks
+from meterlib.billing.reports.answers import Reader
+from meterlib.billing.reports.invoice import invoice
 from tests.billing.money import BOOK, at_ms, entries, tokens
 from tests.billing.posting import DEARER, Ledgers
 

@@ -14,12 +14,12 @@ import msgspec
 import pytest
 
 import meterlib
-from meterlib.billing.closes import Close, closes_of, digest_of, encoded
-from meterlib.billing.closing import Closing, Word
-from meterlib.billing.export import Accepted
+from meterlib.billing.export.export import Accepted
 from meterlib.billing.months import month_named
-from meterlib.billing.postings import Postings
-from meterlib.billing.rating import rate
+from meterlib.billing.postings.closes import Close, closes_of, digest_of, encoded
+from meterlib.billing.postings.closing import Closing, Word
+from meterlib.billing.postings.postings import Postings
+from meterlib.billing.rating.rating import rate
 from meterlib.cli import main
 from meterlib.errors import IntegrityError, InvalidInput, PolicyError
 from tests.billing.exporting import LEDGER
@@ -434,7 +434,7 @@ def test_a_close_that_was_changed_is_found(ledgers: Ledgers, capsys: pytest.Capt
 # A closer that kills itself at a step.
 KILLED = """
 import os, signal, sys
-from meterlib.billing import closing
+from meterlib.billing.postings import closing
 from meterlib.cli import main
 
 def die(*_, **__):

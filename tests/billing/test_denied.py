@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meterlib import AsyncMeter, LedgerEntry, Policy, StoreOptions
-from meterlib.billing.answers import Reader
-from meterlib.billing.denied import Denied, denied
-from meterlib.billing.page_facts import facts
-from meterlib.billing.query import Query
-from meterlib.billing.usage_report import usage_report
+from meterlib.billing.page.facts import facts
+from meterlib.billing.reports.answers import Reader
+from meterlib.billing.reports.denied import Denied, denied
+from meterlib.billing.reports.query import Query
+from meterlib.billing.reports.usage import usage_report
 from meterlib.gateway.denials import Denials
 from tests.billing.money import books, entry, tokens
 from tests.billing.reporting import Filed, rated

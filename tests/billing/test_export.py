@@ -13,10 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from meterlib.billing import drafts, segments
-from meterlib.billing.archive import Archive
-from meterlib.billing.export import Accepted, Exporter
-from meterlib.billing.trim import trim
+from meterlib.billing.archive import drafts, segments
+from meterlib.billing.archive.archive import Archive
+from meterlib.billing.export.export import Accepted, Exporter
+from meterlib.billing.export.trim import trim
 from meterlib.errors import IntegrityError
 from tests.billing.exporting import LEDGER, Books
 

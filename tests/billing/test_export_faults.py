@@ -22,7 +22,8 @@ AOF = Path("appendonlydir") / "appendonly.aof.1.incr.aof"
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from meterlib.billing import drafts, export, segments
+from meterlib.billing.archive import drafts, segments
+from meterlib.billing.export import export
 from meterlib.cli import main
 
 def die(*_, **__):

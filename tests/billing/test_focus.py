@@ -19,9 +19,9 @@ import pytest
 from focus_data_toolkit.model.validator import lint_focus_1_4_structure
 
 from meterlib import Usage
-from meterlib.billing.focus import BILLING_PERIOD_COLUMNS, Focus, write_billing_periods, write_focus
-from meterlib.billing.focus_columns import VERSIONS, Version, columns_of
-from meterlib.billing.query import Query
+from meterlib.billing.focus.columns import VERSIONS, Version, columns_of
+from meterlib.billing.focus.focus import BILLING_PERIOD_COLUMNS, Focus, write_billing_periods, write_focus
+from meterlib.billing.reports.query import Query
 from meterlib.cli import main
 from meterlib.config import Config
 from meterlib.errors import InvalidInput

@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from meterlib import LedgerEntry, Usage
-from meterlib.billing.archive import Archive
-from meterlib.billing.export import Accepted, Exporter
-from meterlib.billing.fork import Loss, fork, loss_of
-from meterlib.billing.trim import trim
+from meterlib.billing.archive.archive import Archive
+from meterlib.billing.export.export import Accepted, Exporter
+from meterlib.billing.export.fork import Loss, fork, loss_of
+from meterlib.billing.export.trim import trim
 from meterlib.cli import main
 from meterlib.core.ledger import encode
 from meterlib.errors import IntegrityError, StoreRefused

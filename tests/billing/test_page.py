@@ -16,15 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meterlib import Usage
-from meterlib.billing.answers import Reader
-from meterlib.billing.denied import Denied
-from meterlib.billing.invoice import invoice
-from meterlib.billing.page import TOP, page
-from meterlib.billing.page_charts import HEIGHT, WIDTH, Axis, Series, bars, short
-from meterlib.billing.page_facts import TOKENS, Cost, Facts, Group, Sums, facts
-from meterlib.billing.page_html import Html, joined, tag
-from meterlib.billing.page_invoice import invoice_page
-from meterlib.billing.query import Query
+from meterlib.billing.page.charts import HEIGHT, WIDTH, Axis, Series, bars, short
+from meterlib.billing.page.facts import TOKENS, Cost, Facts, Group, Sums, facts
+from meterlib.billing.page.html import Html, joined, tag
+from meterlib.billing.page.invoice import invoice_page
+from meterlib.billing.page.page import TOP, page
+from meterlib.billing.reports.answers import Reader
+from meterlib.billing.reports.denied import Denied
+from meterlib.billing.reports.invoice import invoice
+from meterlib.billing.reports.query import Query
 from meterlib.cli import main
 from tests.billing.billed import Ledger, ledger_of
 

@@ -15,12 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from meterlib import LedgerEntry
-from meterlib.billing.export import Accepted, Export, Exported, Exporter
-from meterlib.billing.postgres import Postgres
-from meterlib.billing.postgres_schema import ddl
-from meterlib.billing.rows import MADE, entry_from
-from meterlib.billing.sinks import Sink
-from meterlib.billing.trim import trim
+from meterlib.billing.archive.rows import MADE, entry_from
+from meterlib.billing.archive.sinks import Sink
+from meterlib.billing.export.export import Accepted, Export, Exported, Exporter
+from meterlib.billing.export.postgres import Postgres
+from meterlib.billing.export.postgres_schema import ddl
+from meterlib.billing.export.trim import trim
 from meterlib.errors import IntegrityError, PolicyError, SinkError
 from meterlib.store import flows
 from tests.billing.exporting import LEDGER, Books
@@ -459,7 +459,7 @@ def test_a_failure_that_stays_ends_the_export_and_the_next_goes_on(
     books: PostgresBooks, state: str, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A full disk, a conflict without end: whole blocks are there, and once it is mended the rest follows."""
-    monkeypatch.setattr("meterlib.billing.postgres._PAUSES_S", (0, 0, 0))
+    monkeypatch.setattr("meterlib.billing.export.postgres._PAUSES_S", (0, 0, 0))
     with books.postgres() as sink:
         sink.prepare()
     books.sql(FAILING.format(until=5 + times, state=state))

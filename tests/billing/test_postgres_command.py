@@ -31,7 +31,7 @@ postgres_schema = "{schema}"
 # An exporter that kills itself at a step of its second block.
 KILLED = """
 import os, signal, sys
-from meterlib.billing import postgres
+from meterlib.billing.export import postgres
 from meterlib.cli import main
 
 def die(*_):
@@ -134,7 +134,7 @@ def test_one_that_is_down_does_not_stop_the_other(
     books.book(2)
     with monkeypatch.context() as patched:
         patched.setenv("METERLIB_TEST_POSTGRES", books.server.secret_url.replace(f":{books.server.port}", ":1"))
-        patched.setattr("meterlib.billing.postgres._PAUSES_S", ())
+        patched.setattr("meterlib.billing.export.postgres._PAUSES_S", ())
 
         ran = run("export", "run")
         status = run("export", "status")

@@ -17,13 +17,15 @@ from hypothesis import strategies as st
 
 import meterlib
 from meterlib import LedgerEntry
-from meterlib.billing import duck, pieces, segments
-from meterlib.billing.archive import Archive
-from meterlib.billing.pieces import STORED, RatedFiles
-from meterlib.billing.postings import ENTRY_COLUMNS, Postings
-from meterlib.billing.rater import Rater, next_block
-from meterlib.billing.rating_sql import COLUMNS
-from meterlib.billing.rerating import compare
+from meterlib.billing import duck
+from meterlib.billing.archive import segments
+from meterlib.billing.archive.archive import Archive
+from meterlib.billing.postings import pieces
+from meterlib.billing.postings.pieces import STORED, RatedFiles
+from meterlib.billing.postings.postings import ENTRY_COLUMNS, Postings
+from meterlib.billing.postings.rater import Rater, next_block
+from meterlib.billing.rating.rating_sql import COLUMNS
+from meterlib.billing.rating.rerating import compare
 from meterlib.errors import IntegrityError
 from tests.billing.exporting import LEDGER
 from tests.billing.money import BOOK, at_ms, entries, tokens
@@ -238,7 +240,7 @@ def test_a_correction_of_an_entry_that_is_lost_is_priced_as_booked(ledgers: Ledg
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from meterlib.billing import pieces, rater
+from meterlib.billing.postings import pieces, rater
 from meterlib.cli import main
 
 def die(*_, **__):

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meterlib.billing.json_objects import objects_of
-from meterlib.billing.provider_files import read_reports
+from meterlib.billing.reconcile.files import read_reports
+from meterlib.billing.reconcile.json_objects import objects_of
 from meterlib.errors import InvalidInput
 from tests.billing.money import at_ms
 from tests.billing.provider import HOUR_MS, Served, admin_usage, analytics_cost, analytics_usage, text

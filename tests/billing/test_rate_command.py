@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from meterlib.billing.reratings import Rerating
+from meterlib.billing.postings.reratings import Rerating
 from meterlib.cli import main
 from meterlib.config import Config
 from meterlib.errors import PolicyError

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from meterlib import LedgerEntry
-from meterlib.billing.measures import passes_of
-from meterlib.billing.prices import PER
-from meterlib.billing.rated import COSTS, RatedRow, RatedRows, Totals
-from meterlib.billing.rating import add_usage, rate
-from meterlib.billing.rerating import Change, compare, standing, summary
-from meterlib.billing.rounding import rounded_lines
-from meterlib.billing.terms import LIST, Terms
+from meterlib.billing.prices.prices import PER
+from meterlib.billing.prices.terms import LIST, Terms
+from meterlib.billing.rating.measures import passes_of
+from meterlib.billing.rating.rated import COSTS, RatedRow, RatedRows, Totals
+from meterlib.billing.rating.rating import add_usage, rate
+from meterlib.billing.rating.rerating import Change, compare, standing, summary
+from meterlib.billing.rating.rounding import rounded_lines
 from meterlib.core.money import plain
 from tests.billing.money import books, claude, entries, entry, tokens
 

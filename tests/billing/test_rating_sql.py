@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from meterlib import LedgerEntry
-from meterlib.billing.rated import RatedRow
-from meterlib.billing.rating import rate
-from meterlib.billing.rating_sql import COLUMNS, SqlRating
-from meterlib.billing.terms import Terms
+from meterlib.billing.prices.terms import Terms
+from meterlib.billing.rating.rated import RatedRow
+from meterlib.billing.rating.rating import rate
+from meterlib.billing.rating.rating_sql import COLUMNS, SqlRating
 from tests.billing.money import books, entries, entry, tokens
 
 duckdb = pytest.importorskip("duckdb")

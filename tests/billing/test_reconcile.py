@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from meterlib import LedgerEntry
-from meterlib.billing.provider_cells import MEASURES
-from meterlib.billing.provider_files import read_reports
-from meterlib.billing.provider_ids import IdMap, Scope
-from meterlib.billing.reconciliation import Reconciliation, Sides, reconcile
+from meterlib.billing.reconcile.cells import MEASURES
+from meterlib.billing.reconcile.files import read_reports
+from meterlib.billing.reconcile.ids import IdMap, Scope
+from meterlib.billing.reconcile.reconciliation import Reconciliation, Sides, reconcile
 from meterlib.errors import InvalidInput
 from tests.billing.money import at_ms, books, entry
 from tests.billing.provider import (

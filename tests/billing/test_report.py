@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meterlib import InvalidInput, LedgerEntry
-from meterlib.billing.estimates import Accuracy, Estimates
-from meterlib.billing.report import COLUMNS, Completeness, Gap, Report, Row, ShardCheck, fold
+from meterlib.billing.reports.estimates import Accuracy, Estimates
+from meterlib.billing.reports.report import COLUMNS, Completeness, Gap, Report, Row, ShardCheck, fold
 from meterlib.core.ledger import counts_of
 from meterlib.core.usage import CacheCreation, Iteration, OutputTokensDetails, ServerToolUse, Usage
 

@@ -15,12 +15,12 @@ import msgspec
 import pytest
 
 from meterlib import LedgerEntry
-from meterlib.billing.archive import Archive
-from meterlib.billing.pieces import sums_of
-from meterlib.billing.reposts import Manifest, encoded
-from meterlib.billing.segments import KEY
-from meterlib.billing.verify import Known, ShardVerdict, verify
-from meterlib.billing.verify_rated import verify_rated
+from meterlib.billing.archive.archive import Archive
+from meterlib.billing.archive.segments import KEY
+from meterlib.billing.archive.verify import Known, ShardVerdict, verify
+from meterlib.billing.postings.pieces import sums_of
+from meterlib.billing.postings.reposts import Manifest, encoded
+from meterlib.billing.postings.verify_rated import verify_rated
 from meterlib.cli import main
 from tests.billing.exporting import Books
 from tests.billing.money import BOOK, at_ms, entry, tokens

@@ -22,7 +22,7 @@ import redis
 
 import meterlib
 from meterlib import AsyncMeter, Limit, Meter, Policy, QuotaExceeded, Usage
-from meterlib.billing.report import COLUMNS
+from meterlib.billing.reports.report import COLUMNS
 from meterlib.cli import main
 from meterlib.cli.options import moment_ms
 from meterlib.cli.tables import Column, print_table

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from meterlib.billing.price_files import parse_book
+from meterlib.billing.prices.files import parse_book
 from meterlib.cli import main
 from meterlib.cli.prices import HELP
 from tests.billing.money import BOOK

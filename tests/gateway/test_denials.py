@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip("aiohttp", reason="needs meterlib[gateway]")
 
 from meterlib import AsyncMeter, LedgerEntry, Limit, Policy, StoreOptions
-from meterlib.billing.measures import passes_of
-from meterlib.billing.report import contributions
+from meterlib.billing.rating.measures import passes_of
+from meterlib.billing.reports.report import contributions
 from meterlib.errors import StoreError
 from meterlib.gateway import denials
 from meterlib.gateway.asgi import MeteringMiddleware, Who

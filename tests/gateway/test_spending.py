@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 pytest.importorskip("aiohttp", reason="needs meterlib[gateway]")
 
 from meterlib import AsyncMeter, LedgerEntry, Limit, Policy, PolicyError, StoreOptions, Usage
-from meterlib.billing.pricing import TermsBook, books_of
-from meterlib.billing.rated import Totals
-from meterlib.billing.rating import rate
+from meterlib.billing.prices.pricing import TermsBook, books_of
+from meterlib.billing.rating.rated import Totals
+from meterlib.billing.rating.rating import rate
 from meterlib.config import Config
 from meterlib.core.policy import CompiledPolicy
 from meterlib.core.usd import COST, usd

@@ -13,8 +13,8 @@ import aiohttp
 from msgspec.structs import replace
 
 from meterlib import AsyncMeter, LedgerEntry, Limit, Policy, StoreOptions
-from meterlib.billing.budget import CostTables
-from meterlib.billing.pricing import TermsBook, books_of
+from meterlib.billing.prices.pricing import TermsBook, books_of
+from meterlib.billing.rating.budget import CostTables
 from meterlib.core.usd import COST
 from meterlib.gateway.app import Gateway
 from meterlib.gateway.callers import Callers

@@ -137,3 +137,16 @@ def test_a_piece_of_a_sweep_is_bounded(valkey: Server, client: Any, clock: Clock
         swept = meter._run(flows.sweep_shard(0, 1))
 
         assert flows.WINDOWS_PIECE == swept.windows_dropped
+
+
+def test_a_window_is_dropped_at_the_ms_at_which_it_is_over(valkey: Server, client: Any, clock: Clock) -> None:
+    """Not before, when a call might still be denied by it, and not later than it counts."""
+    options = StoreOptions(shards=1, prefix="dead")
+    with Meter.connect(valkey.url, POLICY, options=options, clock=clock) as meter:
+        meter.record("acme", {}, USED)
+        dropped = []
+        for passed_ms in (60_998, 1):
+            clock.advance(ms=passed_ms)
+            dropped.append(meter._run(flows.sweep_shard(0, 2)).windows_dropped)
+
+    assert [0, 2] == dropped

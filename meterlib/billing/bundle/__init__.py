@@ -1,0 +1,1 @@
+"""An invoice with all that its customer needs to check it offline."""

@@ -1,0 +1,309 @@
+"""The rows of a bundle once more: whose they are, what they cost, by which price, and what they add up to. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from decimal import Decimal
+from typing import Any
+
+import msgspec
+
+from meterlib.billing.bundle.bundle import StatedPrice, StatedTerms
+from meterlib.billing.prices.prices import PriceBooks
+from meterlib.billing.rating.rating import add_usage, rate
+from meterlib.billing.rating.rerating import RERATED_LINES, TAKEN_BACK
+from meterlib.billing.rating.rounding import rounded_lines
+from meterlib.billing.reports.invoice import Invoice, Line, SectionName
+from meterlib.core.ledger import LedgerEntry
+from meterlib.core.money import EXACT, ZERO, plus
+
+_NO_BOOKS = PriceBooks()
+_ENTRY_FIELDS = ("kind", "tenant", "funding", "quality")
+_SAME = ("provider", "model", "pass_kind", "token_type", "variant", "geo", "flags", "at_ms")
+_PAIRS = (("list_price", "list_cost"), ("contracted_price", "contracted_cost"), ("billed_price", "billed_cost"))
+
+_OF_PRICE = ("currency", "price_source", "price_model", "price_digest", "price_from")
+
+Row = Mapping[str, Any]
+Place = tuple[str, int, int]
+
+
+class RowCheck:
+    """Checks rows, entry by entry, in their order.
+
+    Args:
+        tenant: whose they are.
+        period: to which they belong.
+        prices: by digest.
+        terms: of the tenant.
+        problem: is told what is wrong.
+    """
+
+    def __init__(
+        self,
+        tenant: str,
+        period: str,
+        prices: Mapping[str, StatedPrice],
+        terms: Sequence[StatedTerms],
+        problem: Callable[[str], None],
+    ) -> None:
+        self._tenant, self._period, self._prices, self._terms = tenant, period, prices, terms
+        self._problem = problem
+        self._calls: dict[tuple[int, int], LedgerEntry] = {}
+        self._stated: dict[tuple[str, str], Decimal] = {}
+
+    def passed(self, entry: LedgerEntry) -> None:
+        """An entry is there without rows of its own: a correction is about it, or follows it."""
+        if entry.tenant != self._tenant:
+            self._problem(f"entry {entry.shard}:{entry.n} is of somebody else")
+        self._remember(entry)
+
+    def rows(self, place: Place, rows: Sequence[Row], entry: LedgerEntry | None) -> None:
+        """Check the rows of an entry."""
+        where = f"{place[1]}:{place[2]}"
+        for row in rows:
+            for problem in self._of_row(row):
+                self._problem(f"entry {where}, line {row['line']}: {problem}")
+        if entry is None:
+            self._problem(f"entry {where} is not in the bundle, but rows are of it")
+            return
+        if any(row[name] != getattr(entry, name) for row in rows for name in _ENTRY_FIELDS):
+            self._problem(f"rows of entry {where} say another tenant, kind, funding or quality than the entry")
+        for problem in self._of_entry(entry, rows):
+            self._problem(f"entry {where}: {problem}")
+        self._remember(entry)
+
+    # ── One row ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _of_row(self, row: Row) -> Iterator[str]:
+        if row["tenant"] != self._tenant or row["period"] != self._period:
+            yield "it is of another tenant or period"
+        if row["unpriced"]:
+            priced = any(row[name] is not None for pair in _PAIRS for name in pair) or row["above"]
+            if priced or any(row[name] for name in _OF_PRICE):
+                yield "it has no price, and yet an amount or the name of a price"
+            return
+        if any(row[name] is None for pair in _PAIRS for name in pair) or row["per"] not in (1, 1_000, 1_000_000):
+            yield "a price or a cost is missing"
+            return
+        for price, cost in _PAIRS:
+            if EXACT.multiply(row[cost], Decimal(row["per"])) != EXACT.multiply(row[price], Decimal(row["quantity"])):
+                yield f"{cost} is not {row['quantity']} times {price} / {row['per']}"
+        yield from self._of_terms(row)
+        yield from self._of_price(row)
+
+    def _of_terms(self, row: Row) -> Iterator[str]:
+        """The customer's price follows from the list price by the terms of that time."""
+        known = self._terms_of(row)
+        if not known:
+            yield "no terms are stated for it"
+        elif row["charge"] == "usage" and not any(_holds(row, one) for one in known):
+            yield "the customer's price does not follow from the list price by the terms"
+        elif row["charge"] == "platform_fee" and not any(self._fee_holds(row, one) for one in known):
+            yield "the fee does not follow from the list price by the terms"
+
+    def _terms_of(self, row: Row) -> list[StatedTerms]:
+        if row["rating"] and not row["line"] & TAKEN_BACK:
+            return [one for one in self._terms if one.rating == row["rating"]]
+        if row["rating"]:
+            return list(self._terms)  # it takes back what was posted by any of those before
+        place = (row["epoch"], row["shard"])
+        return [
+            one
+            for one in self._terms
+            if not one.rating and (one.epoch, one.shard) == place and one.first <= row["n"] <= one.last
+        ]
+
+    def _fee_holds(self, row: Row, stated: StatedTerms) -> bool:
+        price = self._listed(row)
+        prices = (row["list_price"], row["contracted_price"], row["billed_price"])
+        if price is None:
+            return bool(row["list_price"] == 0 and row["contracted_price"] == row["billed_price"])
+        fee = stated.terms.fee(price)
+        return prices == (ZERO, fee, fee)
+
+    def _listed(self, row: Row) -> Decimal | None:
+        """The list price of what a fee is on."""
+        known = self._prices.get(row["price_digest"])
+        return known.prices.get(row["token_type"]) if known is not None and known.found else None
+
+    def _of_price(self, row: Row) -> Iterator[str]:
+        """The list price is the one of that digest; a fee is on one, and has none of its own."""
+        digest, kind = row["price_digest"], row["token_type"]
+        fee = row["charge"] == "platform_fee"
+        known = self._prices.get(digest)
+        if known is None:
+            yield f"its price {digest[:16]} is not in the bundle"
+        elif known.found:
+            listed = ZERO if fee and kind in known.prices else known.prices.get(kind)
+            told = (listed, known.currency, known.above, known.geo, known.variant, known.model)
+            mine = ("list_price", "currency", "above", "geo", "variant", "price_model")
+            if told != tuple(row[name] for name in mine):
+                yield f"its list price, tier, place or model is not that of price {digest[:16]}"
+        elif not fee and self._stated.setdefault((digest, kind), row["list_price"]) != row["list_price"]:
+            yield f"price {digest[:16]} has two list prices for {kind}"
+
+    # ── Rows beside their entry ───────────────────────────────────────────────────────────────────────────────────────
+
+    def _of_entry(self, entry: LedgerEntry, rows: Sequence[Row]) -> Iterator[str]:
+        """The quantities are what the entry says that was used."""
+        first = [row for row in rows if not row["rating"] and row["charge"] == "usage"]
+        if not first and any(row["rating"] for row in rows):
+            pass  # its first rating is on an earlier invoice
+        elif entry.kind == "adjusted":
+            yield from self._of_correction(entry, first)
+        else:
+            made = {row.line: row for row in rate(entry, _NO_BOOKS)}
+            if made.keys() != {row["line"] for row in first}:
+                yield "its rows are of other kinds of tokens than it used"
+            for row in first:
+                one = made.get(row["line"])
+                if one is not None and (
+                    one.quantity != row["quantity"] or any(getattr(one, name) != row[name] for name in _SAME)
+                ):
+                    yield f"line {row['line']} says {row['quantity']} {row['token_type']}, the entry {one.quantity}"
+        yield from self._of_reratings(entry, rows)
+
+    def _of_correction(self, entry: LedgerEntry, rows: Sequence[Row]) -> Iterator[str]:
+        """What a correction posts, less what it takes back, is the difference that it says."""
+        call = self._root(entry)
+        made = rate(entry, _NO_BOOKS)
+        if call is not None:
+            before = rate(call, _NO_BOOKS)
+            changed = msgspec.structs.replace(call, usage=add_usage(call.usage, entry.usage))
+            after = rate(changed, _NO_BOOKS)
+            net = _net([(row.token_type, row.quantity) for row in after])
+            for kind, quantity in _net([(row.token_type, row.quantity) for row in before]).items():
+                net[kind] = net.get(kind, 0) - quantity
+        else:
+            net = _net([(row.token_type, row.quantity) for row in made])
+        told = _net([(row["token_type"], row["quantity"]) for row in rows])
+        if {kind: count for kind, count in net.items() if count} != {
+            kind: count for kind, count in told.items() if count
+        }:
+            yield "its rows do not add up to the difference that it says"
+
+    def _of_reratings(self, entry: LedgerEntry, rows: Sequence[Row]) -> Iterator[str]:
+        """A re-rating has the quantities of the entry, once posted and once taken back."""
+        if entry.kind == "adjusted":
+            return
+        made = {row.line: row.quantity for row in rate(entry, _NO_BOOKS)}
+        for row in rows:
+            if row["rating"] and row["charge"] == "usage":
+                line = row["line"] % RERATED_LINES
+                sign = -1 if line & TAKEN_BACK else 1
+                if made.get(line % TAKEN_BACK) != sign * row["quantity"] or row["posting"] != sign:
+                    yield f"line {row['line']} of a re-rating has another quantity than the entry"
+
+    def _remember(self, entry: LedgerEntry) -> None:
+        """Keep what a later correction may be about, its usage as corrected so far."""
+        if entry.kind != "adjusted":
+            self._calls[entry.shard, entry.n] = entry
+            return
+        call = self._root(entry)
+        if call is not None:
+            changed = msgspec.structs.replace(call, usage=add_usage(call.usage, entry.usage))
+            self._calls[call.shard, call.n] = changed
+            self._calls[entry.shard, entry.n] = entry
+
+    def _root(self, entry: LedgerEntry) -> LedgerEntry | None:
+        one: LedgerEntry | None = entry
+        while one is not None and one.kind == "adjusted":
+            shard, _, n = one.adjusts.partition(":")
+            one = self._calls.get((int(shard), int(n))) if shard.isdigit() and n.isdigit() else None
+        return one
+
+
+def _holds(row: Row, stated: StatedTerms) -> bool:
+    """Whether the prices of a row are those of the terms."""
+    told = (row["contracted_price"], row["billed_price"])
+    if row["funding"] == "own":
+        return told == (row["list_price"], ZERO)
+    contracted = stated.terms.contracted(row["list_price"])
+    return told == (contracted, contracted)
+
+
+def _net(pairs: Sequence[tuple[str, int]]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for kind, quantity in pairs:
+        found[kind] = found.get(kind, 0) + quantity
+    return found
+
+
+# ── The invoice ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_IDENTITY = (
+    *("section", "corrects", "charge", "funding", "model", "token_type", "variant", "geo", "above"),
+    *("per", "currency", "list_price", "unit_price", "unpriced"),
+)
+
+
+class Adding:
+    """Adds rows up to the lines of an invoice."""
+
+    def __init__(self) -> None:
+        self._lines: dict[tuple[Any, ...], list[Any]] = {}
+
+    def add(self, row: Row) -> None:
+        """Count a row."""
+        told = {**row, "section": _section(row), "unit_price": row["billed_price"]}
+        line = self._lines.setdefault(tuple(told[name] for name in _IDENTITY), [0, ZERO, ZERO, 0])
+        line[0] += row["quantity"]
+        if not row["unpriced"] and row["list_cost"] is not None and row["billed_cost"] is not None:
+            line[1], line[2] = plus(line[1], row["list_cost"]), plus(line[2], row["billed_cost"])
+        line[3] += row["posting"]
+
+    def differences(self, invoice: Invoice) -> Iterator[str]:
+        """Where the invoice is not what the rows add up to."""
+        lines = {key: line for key, line in self._lines.items() if line[0] or line[2] or (key[-1] and line[3])}
+        told = {tuple(getattr(line, name) for name in _IDENTITY): line for line in invoice.lines}
+        if len(told) != len(invoice.lines):
+            yield "invoice.json: a line is there twice"
+        for key in lines.keys() | told.keys():
+            name = f"invoice.json, {key[4] or 'unknown model'} {key[5]}"
+            if key not in told:
+                yield f"{name}: rows have it, the invoice has no such line"
+            elif key not in lines:
+                yield f"{name}: the invoice has it, no rows do"
+            elif not _same_line(told[key], lines[key]):
+                yield f"{name}: quantity, cost or number of rows is not what the rows add up to"
+        yield from _totals(invoice)
+
+
+def _same_line(told: Line, line: Sequence[Any]) -> bool:
+    quantity, listed, exact, rows = line
+    costs = (None, None) if told.unpriced else (listed, exact)
+    return (told.quantity, told.rows) == (quantity, rows) and (told.list_cost, told.exact) == costs
+
+
+def _totals(invoice: Invoice) -> Iterator[str]:
+    """Amounts are rounded as they should be, and add up."""
+    currencies = {line.currency for line in invoice.lines if line.exact is not None}
+    if currencies != {total.currency for total in invoice.totals} or len(currencies) != len(invoice.totals):
+        yield "invoice.json: its totals are of other currencies than its lines"
+    for total in invoice.totals:
+        mine = [line for line in invoice.lines if line.exact is not None and line.currency == total.currency]
+        result = rounded_lines([line.exact or ZERO for line in mine], total.currency)
+        if result.lines != tuple(line.amount for line in mine):
+            yield f"invoice.json: an amount in {total.currency} is not its exact cost, rounded"
+        if (result.rounding, result.total, result.exact) != (total.rounding, total.total, total.exact):
+            yield f"invoice.json: the total in {total.currency} is not what the lines add up to"
+        own = ZERO
+        for line in mine:
+            own = plus(own, line.list_cost or ZERO) if line.section == "own_key" else own
+        if own != total.own_key_list_cost:
+            yield f"invoice.json: what own keys cost in {total.currency} is not what the lines add up to"
+    unpriced = sum(max(0, sum(line.rows for line in invoice.lines if line.unpriced and bool(line.corrects) is late))
+                   for late in (False, True))  # fmt: skip
+    if unpriced != invoice.unpriced:
+        yield "invoice.json: another number of rows has no price"
+    if any(line.amount is not None for line in invoice.lines if line.exact is None):
+        yield "invoice.json: a line without a price has an amount"
+
+
+def _section(row: Row) -> SectionName:
+    if row["funding"] == "own" and row["charge"] == "usage":
+        return "own_key"
+    if row["corrects"]:
+        return "corrections"
+    return "platform_fee" if row["charge"] == "platform_fee" else "usage"

@@ -1,0 +1,1 @@
+"""Rated rows in the FinOps Open Cost and Usage Specification (FOCUS)."""

@@ -1,0 +1,1 @@
+"""Reports and invoices as one self-contained page of HTML."""

@@ -1,0 +1,236 @@
+"""Rating: what a ledger entry costs, line by line, with the price it was rated at. Pure, exact, one request at a time.
+
+Rows are rated once and kept: they carry quantity, price and cost, so that nobody has to look a price up again. Sums of
+rows are right; the cost of sums is not, since prices depend on the length of each prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from decimal import Decimal
+from functools import lru_cache
+from typing import Any
+
+import msgspec
+
+from meterlib.billing.prices.prices import PER, PriceBooks, Rate, Unpriced
+from meterlib.billing.prices.terms import LIST, Terms
+from meterlib.billing.rating.measures import (
+    KINDS,
+    OTHER,
+    SPLIT_CONTRADICTS,
+    SPLIT_UNKNOWN,
+    TIER_OF_DIFFERENCE,
+    WRITE_1H,
+    WRITE_5M,
+    WRITE_UNSPLIT,
+    Pass,
+    passes_of,
+)
+from meterlib.billing.rating.rated import RatedRow, RatedRows, cost_of, reversal, with_quantity
+from meterlib.core.ledger import LedgerEntry
+from meterlib.core.money import ZERO
+from meterlib.core.policy import Funding
+
+LINES_PER_PASS = 32
+FEE_LINES = 16
+"""Line numbers are fixed: pass times 32, plus the slot of the kind, plus 16 for the fee on it."""
+
+
+def rate(
+    entry: LedgerEntry, books: PriceBooks, terms: Terms = LIST, *, corrects: LedgerEntry | None = None
+) -> RatedRows:
+    """What an entry costs.
+
+    The price is that of the time when the call was made (`reserved_at`; `booked_at` where there was no reservation).
+    An `adjusted` entry costs the difference between the corrected call and the call as it was, at that call's time and
+    in the tiers of its prompts; that takes `corrects`. Without it, it is priced as booked, and its rows are flagged
+    where the model's price depends on the length of the prompt.
+
+    Args:
+        entry: of any kind.
+        books: where prices are looked up.
+        terms: of the entry's tenant.
+        corrects: of an `adjusted` entry: the one it corrects, its usage with all earlier corrections included.
+    """
+    if entry.kind == "adjusted" and corrects is not None:
+        return RatedRows(_difference(entry, books, terms, corrects))
+    at_ms = entry.reserved_at or entry.booked_at
+    return RatedRows(tuple(_rows(entry, passes_of(entry), books, terms, at_ms)))
+
+
+def _rows(
+    entry: LedgerEntry, passes: Iterable[Pass], books: PriceBooks, terms: Terms, at_ms: int
+) -> Iterator[RatedRow]:
+    for one in passes:
+        found = books.rate(one.provider, one.model, at_ms=at_ms, variant=one.variant, geo=one.geo, prompt=one.prompt)
+        if entry.kind == "adjusted" and _has_tiers(books, one, at_ms):
+            one = one._replace(flags=f"{one.flags},{TIER_OF_DIFFERENCE}".lstrip(","))
+        for slot, quantity in enumerate(one.amounts):
+            if quantity == 0:
+                continue
+            line = _line(entry, one, slot, quantity, at_ms)
+            price = None if isinstance(found, Unpriced) else found.prices.get(line["token_type"])
+            if quantity is None or isinstance(found, Unpriced) or price is None:
+                yield RatedRow(**line, unpriced=reason_of(found, slot, quantity, one.unknown))
+                continue
+            row = _priced(line, found, price, terms)
+            yield row
+            if entry.funding == "own" and terms.platform_fee:
+                yield _fee(row, price, terms)
+
+
+def _line(entry: LedgerEntry, one: Pass, slot: int, quantity: int | None, at_ms: int) -> dict[str, Any]:
+    """What a row says whether or not it has a price."""
+    kind = KINDS[slot]
+    return {
+        "epoch": entry.epoch,
+        "shard": entry.shard,
+        "n": entry.n,
+        "line": one.number * LINES_PER_PASS + slot,
+        "kind": entry.kind,
+        "at_ms": at_ms,
+        "tenant": entry.tenant,
+        "funding": entry.funding,
+        "charge": "usage",
+        "provider": one.provider,
+        "model": one.model,
+        "pass_kind": one.kind,
+        "token_type": kind,
+        "quantity": quantity or 0,
+        "per": PER.get(kind, 1),
+        "variant": one.variant,
+        "geo": one.geo,
+        "quality": entry.quality,
+        "flags": flags_of(one.flags, slot),
+    }
+
+
+def _priced(line: Mapping[str, Any], rate: Rate, price: Decimal, terms: Terms) -> RatedRow:
+    prices = customer_prices(price, terms, line["funding"])
+    costs = [cost_of(one, line["per"], line["quantity"]) for one in prices]
+    return RatedRow(
+        **line,
+        currency=rate.currency,
+        list_price=prices[0],
+        contracted_price=prices[1],
+        billed_price=prices[2],
+        upstream_price=prices[3],
+        list_cost=costs[0],
+        contracted_cost=costs[1],
+        billed_cost=costs[2],
+        upstream_cost=costs[3],
+        price_source=rate.source,
+        price_model=rate.model,
+        price_digest=rate.digest,
+        price_from=rate.valid_from,
+        above=rate.above,
+    )
+
+
+def _fee(row: RatedRow, price: Decimal, terms: Terms) -> RatedRow:
+    """The operator's fee on a row; it is in no price book, so its list cost is 0."""
+    fee = terms.fee(price)
+    cost, nothing = cost_of(fee, row.per, row.quantity), cost_of(ZERO, row.per, row.quantity)
+    return msgspec.structs.replace(
+        row,
+        line=row.line + FEE_LINES,
+        charge="platform_fee",
+        list_price=ZERO,
+        contracted_price=fee,
+        billed_price=fee,
+        upstream_price=ZERO,
+        list_cost=nothing,
+        contracted_cost=cost,
+        billed_cost=cost,
+        upstream_cost=nothing,
+    )
+
+
+Prices = tuple[Decimal, Decimal, Decimal, Decimal]
+
+
+@lru_cache(maxsize=65_536)
+def customer_prices(price: Decimal, terms: Terms, funding: Funding) -> Prices:
+    """List, contracted, billed and upstream price, of usage that has this list price."""
+    if funding == "own":
+        return price, price, ZERO, ZERO
+    contracted = terms.contracted(price)
+    return price, contracted, contracted, terms.upstream(price)
+
+
+def reason_of(found: Rate | Unpriced, slot: int, quantity: int | None, unknown: str) -> str:
+    """Why a line has no price."""
+    if quantity is None:
+        return f"how many {KINDS[slot]} tokens were used is not known"
+    if slot == OTHER:
+        return f"nobody here knows what {unknown:.200} is"
+    if isinstance(found, Unpriced):
+        return found.reason
+    return f"{found.source} has no price for {KINDS[slot]} of {found.model!r}"
+
+
+def flags_of(flags: str, slot: int) -> str:
+    """The flags of a pass that matter to a line: those of the cache split only to cache writes."""
+    if not flags:
+        return ""
+    writes = {SPLIT_UNKNOWN: (WRITE_UNSPLIT,), SPLIT_CONTRADICTS: (WRITE_5M, WRITE_1H)}
+    return ",".join(flag for flag in flags.split(",") if slot in writes.get(flag, (slot,)))
+
+
+def _has_tiers(books: PriceBooks, one: Pass, at_ms: int) -> bool:
+    rates = books.rates(one.provider, one.model, at_ms=at_ms, variant=one.variant, geo=one.geo)
+    return not isinstance(rates, Unpriced) and len(rates) > 1
+
+
+# ── Corrections of usage ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _difference(entry: LedgerEntry, books: PriceBooks, terms: Terms, corrects: LedgerEntry) -> tuple[RatedRow, ...]:
+    """The corrected call at its price less the call as it was at its own: the two may be in different tiers.
+
+    A line that has another price now is taken back in full and posted anew, so that each row still has one price.
+    """
+    at_ms = corrects.reserved_at or corrects.booked_at
+    if corrects.kind in ("cancelled", "expired"):  # which tells that nothing is known to have been used
+        nothing = {"input_tokens": 0, "output_tokens": 0}
+        corrects = msgspec.structs.replace(corrects, kind="settled", usage=add_usage(nothing, corrects.usage))
+    before = msgspec.structs.replace(corrects, quality=entry.quality)
+    after = msgspec.structs.replace(before, usage=add_usage(corrects.usage, entry.usage))
+    old = {row.line: row for row in _rows(before, passes_of(before), books, terms, at_ms)}
+    new = {row.line: row for row in _rows(after, passes_of(after), books, terms, at_ms)}
+    rows = [row for line in sorted(old.keys() | new.keys()) for row in _changed(old.get(line), new.get(line))]
+    mine = {"epoch": entry.epoch, "shard": entry.shard, "n": entry.n, "kind": entry.kind}
+    return tuple(msgspec.structs.replace(row, **mine) for row in rows)
+
+
+def _changed(old: RatedRow | None, new: RatedRow | None) -> Iterator[RatedRow]:
+    """The rows that lead from one state of a line to another."""
+    if old and new and (old.price_digest, old.unpriced) == (new.price_digest, new.unpriced):
+        if new.quantity != old.quantity:
+            yield with_quantity(new, new.quantity - old.quantity)
+        return
+    if old:
+        yield reversal(old, old.line + REVERSED_LINES)
+    if new:
+        yield new
+
+
+REVERSED_LINES = 1 << 20
+"""Added to the line of what a correction takes back: the same line may be posted anew."""
+
+
+def add_usage(usage: Mapping[str, object], difference: Mapping[str, object]) -> dict[str, object]:
+    """A usage with a difference applied: numbers are added at every depth, lists appended, texts replaced."""
+    total = dict(usage)
+    for name, change in difference.items():
+        known = total.get(name)
+        if type(known) is int and type(change) is int:
+            total[name] = known + change
+        elif isinstance(known, Mapping) and isinstance(change, Mapping):
+            total[name] = add_usage(known, change)
+        elif isinstance(known, list | tuple) and isinstance(change, list | tuple):
+            total[name] = [*known, *change]
+        else:
+            total[name] = change
+    return total

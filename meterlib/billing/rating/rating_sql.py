@@ -1,0 +1,249 @@
+"""Rating many entries at once in DuckDB: the same rows as `rating.rate` makes, by joins with a table of prices.
+
+Prices are looked up in Python, once for each combination of model, way of service and place that occurs, and once for
+each set of terms; so there is one rule for what costs what. What SQL does is to find the case of each call, by its time
+and the length of its prompt, and to multiply. Products are exact: a DECIMAL(19,0) by a DECIMAL(18,12)
+makes a DECIMAL(37,12), which DuckDB computes in 128 bits (two of 18 digits it would compute in 64, and overflow).
+
+Corrections, calls with several passes and usage under names that nobody here knows are few, and left to `rate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from decimal import Decimal
+from typing import Any
+
+from meterlib.billing.duck import quoted
+from meterlib.billing.prices.prices import PER, PriceBooks, Rate, Unpriced
+from meterlib.billing.prices.terms import Terms
+from meterlib.billing.rating.compiled import cases
+from meterlib.billing.rating.measures import KINDS, OTHER, PROVIDER, SPLIT_CONTRADICTS, SPLIT_UNKNOWN, WRITE_UNSPLIT
+from meterlib.billing.rating.rated import each_of
+from meterlib.billing.rating.rating import FEE_LINES, customer_prices, reason_of
+from meterlib.core.money import ZERO
+
+COLUMNS = {
+    "epoch": "VARCHAR",
+    "shard": "INTEGER",
+    "n": "BIGINT",
+    "line": "BIGINT",
+    "kind": "VARCHAR",
+    "at_ms": "BIGINT",
+    "tenant": "VARCHAR",
+    "funding": "VARCHAR",
+    "charge": "VARCHAR",
+    "provider": "VARCHAR",
+    "model": "VARCHAR",
+    "pass_kind": "VARCHAR",
+    "token_type": "VARCHAR",
+    "quantity": "BIGINT",
+    "per": "INTEGER",
+    "currency": "VARCHAR",
+    **dict.fromkeys(("list_price", "contracted_price", "billed_price", "upstream_price"), "DECIMAL(18,6)"),
+    **dict.fromkeys(("list_cost", "contracted_cost", "billed_cost", "upstream_cost"), "DECIMAL(38,12)"),
+    "price_source": "VARCHAR",
+    "price_model": "VARCHAR",
+    "price_digest": "VARCHAR",
+    "price_from": "VARCHAR",
+    "variant": "VARCHAR",
+    "geo": "VARCHAR",
+    "above": "BIGINT",
+    "quality": "VARCHAR",
+    "flags": "VARCHAR",
+    "unpriced": "VARCHAR",
+    "reverses": "BIGINT",
+    "posting": "INTEGER",
+}
+"""Columns of rated rows: the fields of `RatedRow`, in their order."""
+
+_USAGE_NAMES = (
+    *("input_tokens", "output_tokens", "cache_creation_input_tokens", "cache_read_input_tokens", "cache_creation"),
+    *("output_tokens_details", "server_tool_use", "service_tier", "speed", "inference_geo"),
+    *("iterations", "amounts"),
+)
+_TOOL_NAMES = ("web_search_requests", "web_fetch_requests", "code_execution_requests")
+
+_PASSES = f"""
+SELECT epoch, shard, n, kind, tenant, funding, quality, booked_at, {{hard}} AS hard,
+    if(reserved_at = 0, booked_at, reserved_at) AS at_ms,
+    coalesce(nullif(provider, ''), '{PROVIDER}') AS provider,
+    coalesce(nullif(facts ->> '$.model', ''), model, '') AS model,
+    coalesce(nullif(concat_ws('+', nullif(nullif(service_tier, 'standard'), ''), nullif(nullif(speed, 'standard'), '')),
+        ''), 'standard') AS variant,
+    coalesce(nullif(nullif(inference_geo, 'not_available'), ''), 'global') AS geo,
+    input_tokens AS a0, output_tokens AS a1,
+    coalesce(ephemeral_5m_input_tokens, 0) AS a2, coalesce(ephemeral_1h_input_tokens, 0) AS a3,
+    coalesce(cache_creation_input_tokens - a2 - a3, 0) AS unsplit, greatest(unsplit, 0) AS a4,
+    coalesce(cache_read_input_tokens, 0) AS a5,
+    coalesce(web_search_requests, 0) AS a6, coalesce(web_fetch_requests, 0) AS a7,
+    coalesce(code_execution_requests, 0) AS a8,
+    coalesce(a0, 0) + a2 + a3 + a4 + a5 AS prompt
+FROM (SELECT *, coalesce(json_keys(outcome, '$.usage'), []) AS names FROM ({{source}}))
+WHERE kind = 'adjusted' OR (kind IN ('settled', 'late', 'recorded') AND names <> ['amounts'])
+"""
+_ROWS_AT_ONCE = 1000
+_HARD = (
+    "(kind = 'adjusted' OR coalesce(json_array_length(iterations), 0) > 0"
+    " OR NOT list_has_all({names}, names)"
+    " OR NOT list_has_all({tools}, coalesce(json_keys(outcome, '$.usage.server_tool_use'), [])))"
+)
+
+
+class SqlRating:
+    """A rating of the entries of a relation, ready to be read.
+
+    Args:
+        connection: of DuckDB; four tables are left in its temporary schema, so one rating is read at a time.
+        source: SQL of entries, with the columns of an archive and `shard`.
+        books: where prices are looked up.
+        terms_of: the terms of each tenant.
+        carried: columns of the entries that rows have besides, behind their own: `booked_at`.
+
+    Attributes:
+        rows_sql: SQL of the rated rows, with the columns of `COLUMNS`, in no particular order.
+        hard_sql: SQL of those entries that are left to `rate`, as they are in the source.
+    """
+
+    def __init__(
+        self,
+        connection: Any,
+        source: str,
+        books: PriceBooks,
+        terms_of: Callable[[str], Terms],
+        carried: Sequence[str] = (),
+    ) -> None:
+        hard = _HARD.format(names=_texts(_USAGE_NAMES), tools=_texts(_TOOL_NAMES))
+        passes = _PASSES.format(source=source, hard=hard)
+        connection.execute(f"CREATE OR REPLACE TEMP TABLE rating_passes AS {passes}")  # JSON is looked into once
+        (left,) = connection.execute("SELECT count(*) FROM rating_passes WHERE hard").fetchone()
+        which = "(epoch, shard, n) IN (SELECT (epoch, shard, n) FROM rating_passes WHERE hard)" if left else "false"
+        self.hard_sql = f"SELECT * FROM ({source}) WHERE {which}"
+        self._passes = "SELECT * FROM rating_passes WHERE NOT hard"
+        self._carried = carried
+        self._make_cases(connection, books, terms_of)
+        self.rows_sql = self._rows_sql()
+
+    def _make_cases(self, connection: Any, books: PriceBooks, terms_of: Callable[[str], Terms]) -> None:
+        """Tables of all that may apply: which case a call is, whose terms hold, and what each slot costs then."""
+        used = connection.execute(f"SELECT DISTINCT provider, model, variant, geo, tenant FROM ({self._passes})")
+        found = used.fetchall()
+        terms = {tenant: terms_of(tenant) for *_, tenant in found}
+        numbers = {one: at for at, one in enumerate(dict.fromkeys(terms.values()))}
+        served = sorted({row[:4] for row in found})
+        case_rows: list[tuple[Any, ...]] = []
+        price_rows: list[tuple[Any, ...]] = []
+        for key in served:
+            for case in cases(books, *key):
+                number = len(case_rows)
+                rate = case.found if isinstance(case.found, Rate) else None
+                told = (
+                    (rate.source, rate.model, rate.digest, rate.valid_from, rate.above, rate.currency)
+                    if rate
+                    else ("", "", "", "", 0, "")
+                )
+                case_rows.append((number, *key, case.from_ms, case.until_ms, case.above, case.upto, *told))
+                for one, at in numbers.items():
+                    price_rows += _prices(number, at, case.found, one)
+        _fill(connection, "rating_cases", _CASES, case_rows)
+        _fill(connection, "rating_prices", _PRICES, price_rows)
+        term_rows = [(tenant, numbers[own]) for tenant, own in sorted(terms.items(), key=lambda item: item[0])]
+        _fill(connection, "rating_terms", "tenant VARCHAR, terms INTEGER", term_rows)
+
+    def _rows_sql(self) -> str:
+        amounts = ", ".join(f"{{slot: {slot}, quantity: a{slot}}}" for slot in range(OTHER))
+        flags = (
+            f"CASE WHEN slot = {WRITE_UNSPLIT} THEN '{SPLIT_UNKNOWN}'"
+            f" WHEN slot IN (2, 3) AND unsplit < 0 THEN '{SPLIT_CONTRADICTS}' ELSE '' END"
+        )
+        lines = (
+            f"SELECT p.* EXCLUDE (a0, a1, a2, a3, a4, a5, a6, a7, a8), unnest([{amounts}], recursive := true)"
+            f" FROM ({self._passes}) p"
+        )
+        joined = (
+            f"SELECT l.*, c.*, r.*, {flags} AS flags, quantity IS NOT NULL AND r.list_price IS NOT NULL AS priced"
+            f" FROM ({lines}) l"
+            " JOIN rating_cases c ON l.provider = c.c_provider AND l.model = c.c_model AND l.variant = c.c_variant"
+            " AND l.geo = c.c_geo AND l.at_ms >= c.from_ms AND l.at_ms < c.until_ms"
+            " AND l.prompt > c.c_above AND l.prompt <= c.upto"
+            " JOIN rating_terms t ON l.tenant = t.tenant"
+            " JOIN rating_prices r ON r.r_case = c.c_case AND r.r_slot = l.slot AND r.r_terms = t.terms"
+            " AND r.r_funding = l.funding AND (r.charge = 'usage' OR quantity IS NOT NULL)"
+            " WHERE quantity IS NULL OR quantity <> 0"
+        )
+        names = (*COLUMNS, *self._carried)
+        return f"SELECT {', '.join(f'{_SELECT.get(name, name)} AS {name}' for name in names)} FROM ({joined})"
+
+
+_CASES = (
+    "c_case INTEGER, c_provider VARCHAR, c_model VARCHAR, c_variant VARCHAR, c_geo VARCHAR, from_ms BIGINT,"
+    " until_ms BIGINT, c_above BIGINT, upto BIGINT, source VARCHAR, price_model VARCHAR, digest VARCHAR,"
+    " valid_from VARCHAR, tier BIGINT, currency VARCHAR"
+)
+_PRICES = (
+    "r_case INTEGER, r_terms INTEGER, r_funding VARCHAR, r_slot INTEGER, charge VARCHAR, token_type VARCHAR,"
+    " per INTEGER, list_price DECIMAL(18,6), contracted_price DECIMAL(18,6), billed_price DECIMAL(18,6),"
+    " upstream_price DECIMAL(18,6), list_each DECIMAL(18,12), contracted_each DECIMAL(18,12),"
+    " billed_each DECIMAL(18,12), upstream_each DECIMAL(18,12), reason VARCHAR, reason_unknown VARCHAR"
+)
+_SELECT: dict[str, str] = {
+    "line": f"slot + if(charge = 'usage', 0, {FEE_LINES})",
+    "pass_kind": "'call'",
+    "quantity": "coalesce(quantity, 0)",
+    **{f"{name}_price": f"if(priced, {name}_price, NULL)" for name in ("list", "contracted", "billed", "upstream")},
+    **{
+        f"{name}_cost": f"if(priced, (quantity::DECIMAL(19,0) * {name}_each)::DECIMAL(38,12), NULL)"
+        for name in ("list", "contracted", "billed", "upstream")
+    },
+    "currency": "if(priced, currency, '')",
+    "price_source": "if(priced, source, '')",
+    "price_model": "if(priced, price_model, '')",
+    "price_digest": "if(priced, digest, '')",
+    "price_from": "if(priced, valid_from, '')",
+    "above": "if(priced, tier, 0)",
+    "unpriced": "CASE WHEN quantity IS NULL THEN reason_unknown WHEN priced THEN '' ELSE reason END",
+    "reverses": "-1",
+    "posting": "1",
+}
+
+
+def _prices(case: int, number: int, found: Rate | Unpriced, terms: Terms) -> Iterable[tuple[Any, ...]]:
+    """What each slot costs in a case by some terms, for both ways of funding."""
+    for slot in range(OTHER):
+        kind = KINDS[slot]
+        price = found.prices.get(kind) if isinstance(found, Rate) else None
+        reasons = ("" if price is not None else reason_of(found, slot, 0, ""), reason_of(found, slot, None, ""))
+        for funding in ("hosted", "own"):
+            key = (case, number, funding, slot)
+            if price is None:
+                yield (*key, "usage", kind, PER[kind], *[None] * 8, *reasons)
+                continue
+            prices = customer_prices(price, terms, funding)
+            yield (*key, "usage", kind, PER[kind], *prices, *_each(prices, PER[kind]), *reasons)
+            if funding == "own" and terms.platform_fee:
+                fee = terms.fee(price)
+                fees = (ZERO, fee, fee, ZERO)
+                yield (*key, "platform_fee", kind, PER[kind], *fees, *_each(fees, PER[kind]), *reasons)
+
+
+def _each(prices: Iterable[Decimal], per: int) -> list[Decimal]:
+    return [each_of(price, per) for price in prices]
+
+
+def _fill(connection: Any, name: str, columns: str, rows: list[tuple[Any, ...]]) -> None:
+    connection.execute(f"CREATE OR REPLACE TEMP TABLE {name} ({columns})")
+    for at in range(0, len(rows), _ROWS_AT_ONCE):
+        values = (f"({', '.join(map(_literal, row))})" for row in rows[at : at + _ROWS_AT_ONCE])
+        connection.execute(f"INSERT INTO {name} VALUES {', '.join(values)}")
+
+
+def _literal(value: object) -> str:
+    if value is None:
+        return "NULL"
+    if isinstance(value, int):
+        return str(value)
+    return quoted(f"{value:f}" if isinstance(value, Decimal) else str(value))
+
+
+def _texts(names: Iterable[str]) -> str:
+    return "[" + ", ".join(quoted(name) for name in names) + "]"

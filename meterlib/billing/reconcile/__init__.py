@@ -1,0 +1,1 @@
+"""The provider's own reports against ours, with the causes of every difference."""
