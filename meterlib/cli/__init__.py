@@ -25,10 +25,14 @@ COMMANDS = {
     "ledger": "the raw ledger entries; another epoch for a ledger that lost some",
     "export": "bring the ledger into the archive, exactly once; tell how far it is; trim what is exported",
     "rate": "what the archived entries cost, for good; or again by other prices, as a difference to post",
+    "invoice": "what a tenant owes for a month; short for `report invoice`",
     "close": "close a month: what it comes to, written down for good",
     "verify": "check an archive offline: files, sequence, digests, control totals",
     "prices": "the price book that usage is rated at: show it, compare it, import another one",
 }
+
+SHORT_FORMS = {"invoice": ("report", "invoice")}
+"""Commands that are wanted so often that they go by a shorter name as well."""
 
 DESCRIPTION = """\
 Rate limits, token budgets and an exact billing ledger for LLM gateways, decided
@@ -64,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: argparse has printed its help, or what is wrong with the words; with the exit code for that.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in SHORT_FORMS:
+        words[:1] = SHORT_FORMS[words[0]]
     try:
         with _logs_on_stderr():
             code = _run(words)

@@ -17,8 +17,7 @@ from meterlib import LedgerEntry
 from meterlib.billing.archive.archive import Archive
 from meterlib.billing.archive.lines import Lines
 from meterlib.billing.archive.rows import COUNTS, MADE, VERBATIM, chained, entry_from, fields_of, first_link
-from meterlib.billing.archive.segments import Segment
-from meterlib.billing.archive.sinks import Position
+from meterlib.billing.archive.segments import Position, Segment
 from meterlib.core.ledger import CallFacts, Outcome, encode, entry_of
 from meterlib.errors import IntegrityError, UsageError
 from tests.billing.exporting import Books

@@ -381,6 +381,15 @@ def test_an_invoice_has_lines_with_quantity_price_and_amount(books: Books, run: 
     assert dict(amounts)["total"] == sum(amount for section, amount in amounts if section != "total")
 
 
+def test_invoice_is_short_for_report_invoice(books: Books, run: Run) -> None:
+    """What is asked for so often has a shorter name, with the same options and help."""
+    record(books, usage={"output_tokens": 333})
+    run("export", "run")
+    words = ("--tenant", "acme", "--period", "2026-10")
+
+    assert run("report", "invoice", *words).out == run("invoice", *words).out
+
+
 def test_what_is_booked_after_a_close_is_in_the_next_invoice(books: Books, run: Run) -> None:
     """A closed invoice never changes; a correction of it says which month it corrects."""
     record(books, at="2026-10-10T12:00")

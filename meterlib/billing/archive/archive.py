@@ -30,6 +30,7 @@ from meterlib.billing.archive.lines import Fields
 from meterlib.billing.archive.rows import LINE, entry_from, first_link, number_of
 from meterlib.billing.archive.segments import (
     Facts,
+    Position,
     Segment,
     VanishedError,
     facts_of,
@@ -39,7 +40,6 @@ from meterlib.billing.archive.segments import (
     unreadable,
     write,
 )
-from meterlib.billing.archive.sinks import Position
 from meterlib.core.ledger import LedgerEntry
 from meterlib.errors import IntegrityError
 

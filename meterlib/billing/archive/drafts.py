@@ -10,16 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import TYPE_CHECKING
 
 import msgspec
 
 from meterlib.billing.archive.rows import chained
-from meterlib.billing.archive.segments import Range
+from meterlib.billing.archive.segments import Position, Range
 from meterlib.errors import IntegrityError
-
-if TYPE_CHECKING:
-    from meterlib.billing.archive.sinks import Position
 
 _PREFIX = ".work-"
 

@@ -14,7 +14,7 @@ import os
 import re
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -28,6 +28,14 @@ PARQUET = "COMPRESSION zstd, COMPRESSION_LEVEL 1, DICTIONARY_SIZE_LIMIT 5000, RO
 """Level 1 takes three quarters of the time of the default level, and for such rows makes smaller files."""
 
 _TOTALS = ", ".join(f"CAST(coalesce(sum({column}), 0) AS VARCHAR)" for column in COUNTS)
+
+
+class Position(NamedTuple):
+    """How far a shard is exported: its last entry and the link behind it; `n` is 0 where nothing is."""
+
+    epoch: str
+    n: int
+    link: bytes
 
 
 class Segment(msgspec.Struct, frozen=True, order=True):

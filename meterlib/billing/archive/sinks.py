@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from meterlib.billing.archive.drafts import Draft
 from meterlib.billing.archive.lines import Fields
+from meterlib.billing.archive.segments import Position
 
 D = TypeVar("D", bound=Draft)
-
-
-class Position(NamedTuple):
-    """How far a shard is exported: its last entry and the link behind it; `n` is 0 where nothing is."""
-
-    epoch: str
-    n: int
-    link: bytes
 
 
 class MovedError(Exception):

@@ -24,7 +24,8 @@ import msgspec
 from meterlib.billing.archive.drafts import Draft, odd
 from meterlib.billing.archive.lines import Fields, Lines, OddEntryError, Page
 from meterlib.billing.archive.rows import fields_of
-from meterlib.billing.archive.sinks import MovedError, Position, Sink
+from meterlib.billing.archive.segments import Position
+from meterlib.billing.archive.sinks import MovedError, Sink
 from meterlib.billing.export.start import Run, Start, begun_anew, gap
 from meterlib.errors import IntegrityError, SinkError
 from meterlib.store import flows

@@ -15,7 +15,8 @@ import msgspec
 
 from meterlib.billing.archive.lines import Lines, OddEntryError, Page
 from meterlib.billing.archive.rows import entry_from
-from meterlib.billing.archive.sinks import Position, Sink
+from meterlib.billing.archive.segments import Position
+from meterlib.billing.archive.sinks import Sink
 from meterlib.billing.export.start import Run, Start
 from meterlib.core.ledger import LedgerEntry
 from meterlib.errors import IntegrityError

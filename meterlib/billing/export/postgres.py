@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from meterlib.billing.archive.drafts import MemoryDraft, aside_document, odd
 from meterlib.billing.archive.lines import Fields
 from meterlib.billing.archive.rows import VERBATIM, first_link
-from meterlib.billing.archive.sinks import MovedError, Position
+from meterlib.billing.archive.segments import Position
+from meterlib.billing.archive.sinks import MovedError
 from meterlib.billing.export.postgres_schema import VERSION, ddl
 from meterlib.errors import IntegrityError, PolicyError, SinkError, UsageError
 

@@ -6,7 +6,7 @@ from typing import Protocol, TypeVar
 
 from meterlib.billing.archive.lines import Lines, OddEntryError
 from meterlib.billing.archive.rows import fields_of
-from meterlib.billing.archive.sinks import Position
+from meterlib.billing.archive.segments import Position
 from meterlib.errors import IntegrityError
 from meterlib.store import flows
 from meterlib.store.commands import Flow, ShardHead
