@@ -55,6 +55,7 @@ end
 for at = 1, #removed, 1000 do
   following[#following + 1] = {'XDEL', ledger_key, unpack(removed, at, math.min(at + 999, #removed))}
 end
+if #removed > 0 then call('LLEN', ended_key) end  -- fails if it is of a foreign type
 -- @include commit
 -- Records of what ended with an entry that was moved: newest first, as far back as the first of those.
 local at, older = -1, #removed == 0

@@ -8,7 +8,7 @@ local state_key    = KEYS[1]            -- hash    the head, every window and ev
 local leases_key   = KEYS[2]            -- zset    open reservations, scored by the end of their lease in ms
 local ended_key    = KEYS[3]            -- list    reservations that ended, oldest first
 local ledger_key   = KEYS[4]            -- stream  ledger entries; entry number n has the stream id n-0
-local windows_key  = KEYS[5]            -- zset    windows, scored by a time in ms before which none of them is empty
+local windows_key  = KEYS[5]            -- zset    windows, scored by a time in ms at which they are to be looked at
 
 local CALL = '>sddd'
 --   layout        str   version of the layout and number of shards: must be the store's own

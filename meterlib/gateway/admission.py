@@ -112,7 +112,7 @@ class Admission:
             log.error("call.not_decided", tenant=tenant, error=str(error))
             self._background.spawn(self._cancel(tenant, reservation_id))
             raise store_down(self._budget_of(attributes)) from None
-        return Metering(reservation, self._estimator, estimate, prompt.model, self._background.spawn, cost)
+        return Metering(reservation, self._estimator, estimate, prompt, self._background.spawn, cost)
 
     def _cost(self, tenant: str, attributes: Mapping[str, str], prompt: Prompt, funding: Funding | None) -> Cost:
         if self.spending is None:  # the policy was set by somebody who did not say so here
@@ -127,7 +127,7 @@ class Admission:
     ) -> Usage:
         """A guess is not why a call never passes, so no more than the quota is held; without a price, nothing is."""
         if cost is not None:
-            return replace(usage, amounts={**usage.amounts, COST: min(cost, quota)})
+            return replace(usage, amounts={**usage.amounts, COST: min(cost, quota or cost)})
         if self.spending and self.spending.unpriced == "allow":
             return usage
         limit = next(one for one in self.meter.policy.limits if one.unit == COST and one.applies_to(attributes))
@@ -174,10 +174,13 @@ def check_spending(policy: Policy, spending: Spending | None) -> None:
 
 
 def capped(estimate: Usage, quotas: Mapping[str, int]) -> Usage:
-    """The estimate, held down to the smallest quota of input tokens: a guess must not be why a call never passes."""
+    """The estimate, held down to the smallest quota of input tokens: a guess must not be why a call never passes.
+
+    A quota of nothing is why: held down to it, every call would pass.
+    """
     quota = quotas.get("input_tokens")
     fresh, written = estimate.input_tokens or 0, estimate.cache_creation_input_tokens or 0
-    if quota is None or fresh + written <= quota:
+    if not quota or fresh + written <= quota:
         return estimate
     written = min(written, quota)
     return replace(estimate, input_tokens=quota - written, cache_creation_input_tokens=written)

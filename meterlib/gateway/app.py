@@ -291,7 +291,8 @@ class Gateway:
 
         Raises:
             PolicyError: anyone could call from now on, only because no tenant has a token any more. A file that is
-                just being written must not open the gateway. Or a limit counts what calls cost, and nobody tells it.
+                just being written must not open the gateway. Or a limit counts what calls cost, and nobody tells it,
+                or the store cannot have it. Then nothing is changed.
         """
         check_spending(policy, spending)
         if callers.anyone and not self.callers.anyone and settings.callers is None:
@@ -301,9 +302,9 @@ class Gateway:
             if getattr(settings, name) != getattr(self.settings, name):
                 log.warning("setting.needs_restart", setting=f"gateway.{name}")
         kept = {name: getattr(self.settings, name) for name in NEEDS_RESTART}
+        self.meter.policy = policy  # first of all, since it may yet be refused
         self.settings, self.callers = replace(settings, **kept), callers
         self._admission.spending = spending and spending.after(self._admission.spending)
-        self.meter.policy = policy
         log.info("configuration.reloaded", tenants=len(policy.tenants), limits=len(policy.limits))
 
     def tend(self) -> None:

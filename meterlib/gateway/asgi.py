@@ -13,12 +13,12 @@ from meterlib.core.policy import Funding
 from meterlib.errors import InvalidInput
 from meterlib.gateway.admission import Admission, Background
 from meterlib.gateway.answers import Refusal, new_request_id
-from meterlib.gateway.app import Gateway
+from meterlib.gateway.app import TEND_S, Gateway
 from meterlib.gateway.denials import FLUSH_S
 from meterlib.gateway.estimate import CacheAwareEstimator, Estimator
 from meterlib.gateway.exchange import BodyLate, BodyTooLarge, ClientGone
 from meterlib.gateway.headers import Headers, value_of
-from meterlib.gateway.metering import End, Metering
+from meterlib.gateway.metering import STOP, End, Metering
 from meterlib.gateway.prompt import prompt_of
 from meterlib.gateway.spending import Spending
 from meterlib.meter import AsyncMeter
@@ -122,7 +122,8 @@ class _Exchange:
                 body = await _read_body(self._receive, bytes_max)
         except TimeoutError:
             raise BodyLate from None
-        self._watching = asyncio.ensure_future(self._watch())
+        if not self._gone:
+            self._watching = asyncio.ensure_future(self._watch())
         return body
 
     async def start(self, status: int, headers: Headers) -> None:
@@ -296,7 +297,7 @@ class _Metered:
         self._send = send
         self._limit_headers = limit_headers
         self._lease_s = lease_ms / 1000
-        self._renewed_s = time.monotonic()
+        self._renewed_s = self._tended_s = time.monotonic()
         self._status = 0
         self._complete = False
 
@@ -313,7 +314,7 @@ class _Metered:
         if message["type"] == "http.response.body":
             self._metering.take(message.get("body", b""))
             self._complete = not message.get("more_body", False)
-            await self._renew()
+            await self._tend()
 
     def end(self, *, failed: bool) -> End:
         """How the call has ended."""
@@ -325,13 +326,16 @@ class _Metered:
             return "refused"
         if self._metering.streams:
             if self._metering.lacks_only_its_stop:
-                self._metering.add_stop()
+                self._metering.take(STOP)  # all is known, though the app's answer passes as it is
             self._metering.end()
             return "complete" if self._metering.finished else "error_event" if self._metering.error else "cut"
         return "complete"
 
-    async def _renew(self) -> None:
+    async def _tend(self) -> None:
         now_s = time.monotonic()
+        if now_s - self._tended_s >= TEND_S:
+            self._tended_s = now_s
+            self._metering.tend()
         if now_s - self._renewed_s >= self._lease_s / 2:
             self._renewed_s = now_s
             await self._metering.renew(round(self._lease_s * 1000))

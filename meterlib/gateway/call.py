@@ -118,6 +118,10 @@ class Call:
             if error.timed_out:
                 raise Refusal(504, "timeout_error", "the provider took too long to answer") from None
             raise Refusal(502, "api_error", "the provider gave no answer") from None
+        except Exception:
+            # A fault of ours, or a server's way to say that it cannot send: what was used until then is booked.
+            await self._settle("cut")
+            raise
         await self._settle(end)
         if end in ("complete", "refused", "error_event"):
             await self._to_client(self._exchange.finish)

@@ -17,6 +17,7 @@ from meterlib.errors import InvalidInput, MeterError, StoreError
 from meterlib.gateway.encodings import Decoder, Unreadable, decoder_for
 from meterlib.gateway.estimate import Estimate, Estimator
 from meterlib.gateway.headers import Headers, value_of
+from meterlib.gateway.prompt import Prompt
 from meterlib.gateway.spending import Cost
 from meterlib.gateway.sse import UsageMessage, UsageStream
 from meterlib.meter import AsyncReservation
@@ -44,6 +45,9 @@ End = Literal[
 ]
 """How calls end; entries have it among their facts."""
 
+IMPLAUSIBLE = 1000
+"""So many times what was asked for, no model ever writes."""
+
 log = Log("meterlib.gateway")
 
 
@@ -54,7 +58,7 @@ class Metering:
         reservation: what was admitted.
         estimator: learns from what the call turns out to have used.
         estimate: its own, of this call.
-        model: the model that was asked for.
+        prompt: what was asked for.
         spawn: runs what need not be waited for.
         cost: what it costs, if any limit counts that.
     """
@@ -64,7 +68,7 @@ class Metering:
         reservation: AsyncReservation,
         estimator: Estimator,
         estimate: Estimate,
-        model: str,
+        prompt: Prompt,
         spawn: Spawn,
         cost: Cost | None = None,
     ) -> None:
@@ -72,7 +76,8 @@ class Metering:
         self.facts = {"estimated_input_tokens": str(amount_of(estimate.usage, "input_tokens") or 0)}
         self._estimator = estimator
         self._estimate = estimate
-        self._model = model
+        self._model = prompt.model
+        self._output_max = prompt.max_tokens
         self._spawn = spawn
         self._cost = cost
         self._reader: UsageStream | UsageMessage | None = None
@@ -209,12 +214,22 @@ class Metering:
         if self._reader is None:
             return Usage(), "estimated"
         self.end()
-        self._keep("model", self._served())
-        self._keep("unknown_iterations", _unknown_iterations(self._reader.usage))
         usage, quality = self._reader.usage, self._reader.quality
+        self._keep("model", self._served())
+        if usage.iterations:
+            self._keep("unknown_iterations", _unknown_iterations(usage))
+        self._look_at(usage.output_tokens or 0)
         if self._reader.started and quality != "estimated":
             self._learn(usage)  # the input is exact, be the answer cut off
         return usage, quality
+
+    def _look_at(self, output_tokens: int) -> None:
+        """What the provider says is booked, and billed; but somebody should look at what can hardly be."""
+        asked_for = self._output_max
+        if asked_for and output_tokens > IMPLAUSIBLE * asked_for:
+            self.facts["implausible"] = "output_tokens"
+            fields = {"tenant": self.reservation.tenant, "reservation_id": self.reservation.id}
+            log.error("usage.implausible", output_tokens=output_tokens, max_tokens=asked_for, **fields)
 
     def _served(self) -> str | None:
         """The model that answered, if it is another than the one asked for."""

@@ -175,7 +175,7 @@ class _Exchange:
             self._request.writer.output_size = 0
         content, pieces, size = self._request.content, [], 0
         try:
-            async with asyncio.timeout(timeout_ms / 1000):
+            async with asyncio.timeout(None if content.is_eof() else timeout_ms / 1000):  # most bodies are there by now
                 while piece := await content.readany():
                     size += len(piece)
                     if size > bytes_max:

@@ -124,7 +124,8 @@ class UsageStream:
     Attributes:
         model: the model that answers, which may be another than the one asked for.
         started: `message_start` has come, which tells the input.
-        concluded: a `message_delta` has told why the answer ended and what it used: only `message_stop` may be missing.
+        concluded: a `message_delta` has told why the answer ended and what it used, and no more of the answer came
+            behind it: only `message_stop` may be missing.
         finished: `message_stop` has come: every number is known.
         error: type of the error that the provider ended the stream with, such as `overloaded_error`.
 
@@ -150,6 +151,7 @@ class UsageStream:
             size = self._content_in(chunk)
             if size:
                 self._content += chunk[:size]
+                self.concluded = False
             else:
                 size = chunk.find(b"\n\nevent: content_block_") + 2
                 size = len(chunk) if size < 2 else size
@@ -216,6 +218,9 @@ class UsageStream:
         match name:
             case "content_block_delta":
                 self._take_content(event.data)
+                self.concluded = False
+            case "content_block_start" | "content_block_stop":
+                self.concluded = False
             case "message_start":
                 self._take_start(_part(_json_object(event.data), "message"))
             case "message_delta":

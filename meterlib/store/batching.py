@@ -20,7 +20,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from meterlib.core.operations import Reply
 from meterlib.errors import MeterError, StoreCorrupt, StoreOverloaded, StoreUnavailable
-from meterlib.store.commands import Batch, Call
+from meterlib.store.commands import ALONE, Batch, Call
 from meterlib.store.faults import LONGEST_WAIT_S
 
 BATCH_MAX = 64
@@ -177,7 +177,8 @@ def batches_of(due: Sequence[Waiting[W]]) -> list[tuple[Batch, list[Waiting[W]]]
     return [
         (Batch(script, shard, sweep_max, [waiting.call.operation for waiting in part]), part)
         for (script, shard, sweep_max), group in groups.items()
-        for part in (group[at : at + BATCH_MAX] for at in range(0, len(group), BATCH_MAX))
+        for most in (1 if script in ALONE else BATCH_MAX,)
+        for part in (group[at : at + most] for at in range(0, len(group), most))
     ]
 
 
@@ -234,15 +235,26 @@ class AsyncBatching:
 
     def _start(self, trip: RoundTrip[_Future] | None) -> None:
         if trip:
-            worker = asyncio.ensure_future(self._work(trip))
+            under_way = [trip]
+            worker = asyncio.ensure_future(self._work(under_way))
             self._workers.add(worker)
-            worker.add_done_callback(self._workers.discard)
+            worker.add_done_callback(lambda worker: self._gone(worker, under_way))
 
-    async def _work(self, trip: RoundTrip[_Future] | None) -> None:
+    async def _work(self, under_way: list[RoundTrip[_Future]]) -> None:
         """Send what waits until nothing does."""
-        while trip:
-            await self._send(trip)
-            trip = self._lanes.next(trip)
+        while under_way:
+            await self._send(under_way[0])
+            following = self._lanes.next(under_way.pop())
+            if following:
+                under_way.append(following)
+
+    def _gone(self, worker: asyncio.Task[None], under_way: Sequence[RoundTrip[_Future]]) -> None:
+        """If it was cancelled, nobody knows what became of what it sent; another one sends what waits."""
+        self._workers.discard(worker)
+        for trip in under_way:
+            for waiting in trip.due:
+                _fail(waiting, StoreUnavailable(waiting.call.script, "whoever sent it was cancelled"))
+            self._start(self._lanes.next(trip))
 
     async def _send(self, trip: RoundTrip[_Future]) -> None:
         due = []
@@ -261,17 +273,16 @@ class AsyncBatching:
         left_s = min([self._lanes.left_s(waiting) for waiting in due])
         try:
             outcomes = await self._driver.calls([batch for batch, _ in batches], left_s)
-        except BaseException as error:
+        except Exception as error:
             for waiting in due:
                 _fail(waiting, StoreUnavailable(waiting.call.script, f"{type(error).__name__}: {error}"))
-            if not isinstance(error, Exception):
-                raise
             return
+        timed_out = min([self._lanes.left_s(waiting) for waiting in due]) <= LONGEST_WAIT_S
         for (_, part), outcome in zip(batches, outcomes, strict=True):
-            await self._take(lane, part, outcome)
+            await self._take(lane, part, outcome, timed_out)
 
     async def _take(
-        self, lane: Lane[_Future], part: Sequence[Waiting[_Future]], outcome: list[Reply] | MeterError
+        self, lane: Lane[_Future], part: Sequence[Waiting[_Future]], outcome: list[Reply] | MeterError, timed_out: bool
     ) -> None:
         lane.failing = isinstance(outcome, StoreUnavailable)
         if isinstance(outcome, list):
@@ -284,14 +295,15 @@ class AsyncBatching:
             for waiting in part:
                 await self._call(lane, [waiting])
         elif isinstance(outcome, StoreUnavailable):
-            self._try_again(lane, part, outcome)
+            self._try_again(lane, part, outcome, timed_out)
         else:
             for waiting in part:
                 _fail(waiting, outcome)
 
-    def _try_again(self, lane: Lane[_Future], part: Sequence[Waiting[_Future]], error: StoreUnavailable) -> None:
+    def _try_again(
+        self, lane: Lane[_Future], part: Sequence[Waiting[_Future]], error: StoreUnavailable, timed_out: bool
+    ) -> None:
         """The time of a round trip was that of its oldest operation: if it ran out, the younger ones have some left."""
-        timed_out = min([self._lanes.left_s(waiting) for waiting in part]) <= LONGEST_WAIT_S
         for waiting in part:
             if timed_out and not waiting.caller.done() and self._lanes.left_s(waiting) > LONGEST_WAIT_S:
                 self._lanes.put_back(lane, waiting)
@@ -349,9 +361,9 @@ class SyncBatching:
 
     def _begin(self) -> None:
         """Nothing is on its way: so it is at first, and in a process that was forked from this one."""
-        self._pid = os.getpid()
         self._lock = threading.Lock()
         self._lanes: Lanes[_Parked] = Lanes(self._driver.lane_of, self._deadline_ms)
+        self._pid = os.getpid()  # last: whoever sees it takes the new lock, not one that nobody opens
 
     def run(self, call: Call) -> Reply:
         """The reply to one operation."""
@@ -430,6 +442,11 @@ class SyncBatching:
         try:
             if due:
                 self._call(trip.lane, due)
+        except BaseException as error:
+            for waiting in due:
+                if waiting.caller.outcome is None:
+                    waiting.caller.end(StoreUnavailable(waiting.call.script, f"{type(error).__name__}: {error}"))
+            raise
         finally:
             self._landed(trip)
 
@@ -439,10 +456,10 @@ class SyncBatching:
         left_s = max(oldest_s, self._lanes.deadline_s / 2)  # who came late shall not fail for who came first
         try:
             outcomes = self._driver.calls([batch for batch, _ in batches], left_s)
-        except BaseException as error:
+        except Exception as error:
             for waiting in due:
                 waiting.caller.end(StoreUnavailable(waiting.call.script, f"{type(error).__name__}: {error}"))
-            raise
+            return
         for (_, part), outcome in zip(batches, outcomes, strict=True):
             self._take(lane, part, outcome)
 

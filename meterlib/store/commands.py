@@ -28,6 +28,10 @@ class Batch(NamedTuple):
     operations: Sequence[Operation]
 
 
+ALONE = ("sweep", "fork")
+"""Scripts that take one operation a call: each looks after the whole shard."""
+
+
 class ReadLedger(NamedTuple):
     """Entries of a shard behind number `after`, at most `limit`; answered by a list of (n, fields)."""
 

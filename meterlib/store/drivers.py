@@ -272,8 +272,12 @@ class SyncDriver:
         pipeline = Pipeline(self._calls, batches, deadline_s)
         while words := pipeline.words():
             wait_s = pipeline.take(self._send_all(words))
-            if wait_s:
+            if not wait_s:
+                continue
+            try:
                 self._wait(pipeline.attempts, wait_s)
+            except MeterError as error:
+                pipeline.give_up(error)
         if any(isinstance(outcome, StoreUnavailable) for outcome in pipeline.outcomes):
             self._forget_connections()
         return pipeline.outcomes
@@ -483,8 +487,12 @@ class AsyncDriver:
         pipeline = Pipeline(self._calls, batches, deadline_s)
         while words := pipeline.words():
             wait_s = pipeline.take(await self._send_all(words))
-            if wait_s:
+            if not wait_s:
+                continue
+            try:
                 await self._wait(pipeline.attempts, wait_s)
+            except MeterError as error:
+                pipeline.give_up(error)
         return pipeline.outcomes
 
     async def _outcome(self, batch: Batch, deadline_s: float) -> list[Reply] | MeterError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from socket import gaierror
 
@@ -48,7 +49,7 @@ class Attempts:
             raise final from error
         wait_s = self._wait_s * (0.5 + random.random() / 2)
         if time.monotonic() + wait_s >= self._ends_at_s:
-            raise StoreUnavailable(self._operation, _short(error)) from error
+            raise StoreUnavailable(self._operation, in_short(error)) from error
         self._wait_s = min(LONGEST_WAIT_S, self._wait_s * 2)
         return wait_s
 
@@ -63,7 +64,7 @@ def verdict(operation: str, error: Exception) -> MeterError | None:
     if isinstance(error, StoreError):
         return error
     if isinstance(error, (exceptions.AuthenticationError, exceptions.NoPermissionError)):
-        return StoreRefused(operation, f"it refused our credentials or lacks a permission ({_short(error)})")
+        return StoreRefused(operation, f"it refused our credentials or lacks a permission ({in_short(error)})")
     if isinstance(error, exceptions.ReadOnlyError | exceptions.TryAgainError | exceptions.ClusterError):
         return None
     if isinstance(error, exceptions.AskError):  # or MovedError, which is one
@@ -95,10 +96,7 @@ def out_of_reach(error: BaseException) -> str:
 def corrupt(operation: str, text: str) -> MeterError:
     """The error for a reply that says the store's data are not what meterlib wrote."""
     if "METERLIB_LAYOUT" in text:
-        return StoreCorrupt(
-            f"{operation}: {text.partition('METERLIB_LAYOUT ')[2]} (its version and the number of shards,"
-            " both chosen once): set [store] shards to the store's, or use another prefix"
-        )
+        return StoreCorrupt(f"{operation}: {text.partition('METERLIB_LAYOUT ')[2]} {_layout_advice(text)}")
     if "METERLIB_LEDGER" in text:
         return StoreCorrupt(
             f"{operation}: {text.partition('METERLIB_LEDGER ')[2]}, so the state was lost or replaced while the ledger"
@@ -115,5 +113,17 @@ def corrupt(operation: str, text: str) -> MeterError:
     return StoreRefused(operation, text[:300])
 
 
-def _short(error: Exception) -> str:
+def _layout_advice(text: str) -> str:
+    """What to do about two layouts that differ: a version and the number of shards, both chosen once."""
+    versions = re.findall(r"(\d+)/\d+", text)
+    if len(set(versions)) == 1:
+        return "(its version and the number of shards): set [store] shards to the store's, or use another prefix"
+    return (
+        "(its version and the number of shards): another version of meterlib wrote it, and this one cannot go on with"
+        " it; use that version, or another prefix or folder. Nothing was changed"
+    )
+
+
+def in_short(error: Exception) -> str:
+    """A failure in the client's words."""
     return f"{type(error).__name__}: {error}"[:200]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any, Protocol
 
 from redis.exceptions import NoScriptError
@@ -10,7 +11,7 @@ from redis.exceptions import NoScriptError
 from meterlib.core.operations import Reply, Value
 from meterlib.errors import MeterError, StoreUnavailable
 from meterlib.store.commands import Batch
-from meterlib.store.faults import FAILURES, Attempts, verdict
+from meterlib.store.faults import FAILURES, Attempts, in_short, verdict
 
 
 class Wording(Protocol):
@@ -60,6 +61,11 @@ class Pipeline:
                 self._end(at, self._replies(at, answer))
         return self._pause_s(passing) if passing else 0.0
 
+    def give_up(self, error: MeterError) -> None:
+        """What is left cannot be sent again; what has its answer keeps it."""
+        for at in list(self._left):
+            self._end(at, copy(error))
+
     def _replies(self, at: int, answer: Any) -> list[Reply] | MeterError:
         batch = self._batches[at]
         try:
@@ -70,9 +76,9 @@ class Pipeline:
     def _pause_s(self, passing: dict[int, Exception]) -> float:
         try:
             return self.attempts.pause_s(next(iter(passing.values())))
-        except MeterError as error:
-            for at in passing:
-                self._end(at, error)
+        except StoreUnavailable:
+            for at, error in passing.items():
+                self._end(at, StoreUnavailable(self._batches[at].script, in_short(error)))
             return 0.0
 
     def _end(self, at: int, outcome: list[Reply] | MeterError) -> None:

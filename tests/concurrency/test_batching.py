@@ -255,18 +255,20 @@ def test_a_store_that_is_away_is_told_to_all_who_wait() -> None:
     asyncio.run(main())
 
 
-def test_who_came_late_is_not_failed_for_who_came_first() -> None:
-    """A call's time is that of its oldest operation; the younger ones are sent again."""
+@pytest.mark.parametrize("shard", [0, 1], ids=["in its script call", "in its round trip"])
+def test_who_came_late_is_not_failed_for_who_came_first(shard: int) -> None:
+    """A round trip's time is that of its oldest operation; the younger ones are sent again."""
 
     async def main() -> None:
         driver = SlowDriver()
+        driver.lane_of = one_lane  # type: ignore[method-assign]
         batching = AsyncBatching(driver, 5000)
         under_way = asyncio.create_task(batching.run(a_call("a", 0)))
-        old, young = [asyncio.create_task(batching.run(a_call("a", number))) for number in (1, 2)]
+        old, young = [asyncio.create_task(batching.run(a_call("a", *which))) for which in ((1,), (2, shard))]
         await asyncio.sleep(0)
-        queue = batching._lanes._lanes[0]._tenants["a"]
+        queue = batching._lanes._lanes[None]._tenants["a"]
         queue[0] = queue[0]._replace(since_s=queue[0].since_s - 4.9)
-        driver.fails_at_deadline = 1
+        driver.fails_at_deadline = 1 + shard
         driver.free.set()
 
         assert ["r/a/0"] == await under_way
@@ -292,6 +294,38 @@ def test_a_shard_that_is_away_keeps_no_other_waiting() -> None:
 
         driver.free.set()
         await asyncio.gather(*stuck)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("steps", range(6))
+@pytest.mark.parametrize("damaged", [False, True])
+def test_who_waits_does_not_hang_when_whoever_sends_for_them_is_cancelled(steps: int, damaged: bool) -> None:
+    """A framework that cancels all tasks that it finds does not keep other callers waiting for ever."""
+
+    async def main() -> None:
+        driver = SlowDriver()
+        driver.broken = {"r/a/3"} if damaged else set()
+        batching = AsyncBatching(driver, 5000)
+        tasks = [asyncio.create_task(batching.run(a_call("a", number))) for number in range(2 * TOGETHER_MAX + 9)]
+        await asyncio.sleep(0)
+        (worker,) = batching._workers
+        for step in range(6):
+            if step == steps:
+                worker.cancel()
+            if step == 3:
+                driver.free.set()
+            await asyncio.sleep(0)
+
+        _, hanging = await asyncio.wait(tasks, timeout=5)
+
+        assert not hanging
+        for number, task in enumerate(tasks):
+            error = task.exception()
+            assert isinstance(error, StoreUnavailable | StoreCorrupt) or [f"r/a/{number}"] == task.result()
+        await asyncio.sleep(0.01)
+        assert 0 == batching._lanes.waiting
+        assert ["r/z/1"] == await asyncio.wait_for(batching.run(a_call("z", 1)), 5)
 
     asyncio.run(main())
 
@@ -334,6 +368,7 @@ class SlowSyncDriver:
         self.sent: list[list[str]] = []
         self.free = threading.Event()
         self.broken: set[str] = set()
+        self.interrupted: set[str] = set()
 
     def lane_of(self, call: Call) -> Hashable:
         return call.shard
@@ -341,6 +376,8 @@ class SlowSyncDriver:
     def call(self, batch: Batch, deadline_s: float | None = None) -> list[Reply]:
         self.sent.append(fields_of(batch))
         self.free.wait(30)
+        if self.interrupted >= set(fields_of(batch)):
+            raise KeyboardInterrupt
         if self.broken & set(fields_of(batch)):
             raise StoreCorrupt("made up by a test")
         return [answer_to(operation) for operation in batch.operations]
@@ -372,6 +409,24 @@ def test_threads_send_for_each_other() -> None:
                 assert [f"r/a/{number}"] == future.result(30)
     assert 2 <= len(driver.sent) <= 2 + 40
     assert 0 == batching._lanes.waiting
+
+
+def test_a_thread_that_is_interrupted_while_it_sends_for_others_tells_them() -> None:
+    """Control-C strikes one thread; those whose operations it was just trying one by one learn it at once."""
+    driver = SlowSyncDriver()
+    driver.broken = {"r/a/11"}
+    driver.interrupted = {"r/a/20"}
+    batching = SyncBatching(driver, 60_000)
+    with ThreadPoolExecutor(40) as pool:
+        futures = [pool.submit(batching.run, a_call("a", number)) for number in range(40)]
+        while batching._lanes.waiting < 39:
+            threading.Event().wait(0.001)
+        driver.free.set()
+        errors = [future.exception(10) for future in futures]
+    assert 1 == sum(isinstance(error, KeyboardInterrupt) for error in errors)
+    assert {KeyboardInterrupt, StoreCorrupt, StoreUnavailable, type(None)} >= {type(error) for error in errors}
+    assert 0 == batching._lanes.waiting
+    assert ["r/z/1"] == batching.run(a_call("z", 1))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
@@ -455,6 +510,22 @@ def test_cancelled_reserves_leave_no_hold(emptied: Server, seed: int) -> None:
     asyncio.run(main())
     with Meter.connect(emptied.url, POLICY, options=ONE_SHARD) as meter:
         check_books(meter)
+
+
+def test_sweeps_at_the_same_time_do_not_disturb_each_other(emptied: Server) -> None:
+    """Operator: a sweep by hand while the one in the background runs; both tell what they did."""
+    clock = Clock()
+
+    async def main() -> None:
+        async with AsyncMeter.connect(emptied.url, POLICY, options=ONE_SHARD, clock=clock) as meter:
+            await asyncio.gather(*(meter.reserve("acme", lease_ms=1000) for _ in range(40)))
+            clock.advance(ms=2000)
+
+            swept = await asyncio.gather(*(meter.sweep() for _ in range(5)))
+
+            assert 40 == sum(one.expired for one in swept) == (await meter.head(0)).last_number
+
+    asyncio.run(main())
 
 
 def _failed(outcome: Any) -> bool:

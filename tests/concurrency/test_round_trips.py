@@ -12,11 +12,12 @@ import redis
 import redis.asyncio
 
 from meterlib import AsyncMeter, Limit, Meter, Policy, QuotaExceeded, StoreOptions, Usage
-from meterlib.core.operations import Cancel, Find, Reserve
-from meterlib.errors import MeterError, StoreCorrupt, StoreRefused, StoreUnavailable
+from meterlib.core.operations import Cancel, Find, Reserve, packed
+from meterlib.errors import EmbeddedError, MeterError, StoreCorrupt, StoreRefused, StoreUnavailable
 from meterlib.store.commands import Batch
-from meterlib.store.drivers import AsyncDriver, SyncDriver
+from meterlib.store.drivers import AsyncDriver, SyncDriver, _Calls
 from meterlib.store.keys import layout_key, shard_keys
+from meterlib.store.pipelines import Pipeline
 from tests.faults.world import check_books
 from tests.support.proxy import FaultProxy
 from tests.support.servers import Server
@@ -146,6 +147,46 @@ def test_nobody_there_is_told_to_each(driver: Any) -> None:
         made = together([reserving("1", 1), cancelling("2", 2)])
 
     assert [StoreUnavailable] * 2 == statuses(made)
+
+
+def test_a_connection_that_stays_broken_is_told_to_each_by_its_own_verb() -> None:
+    """An error names the call that it is about, not another one that left together with it."""
+    pipeline = Pipeline(_Calls(OPTIONS, None, plain=False), [reserving("1", 1), cancelling("2", 2)], 0.0)
+
+    pipeline.take([redis.ConnectionError("gone"), redis.TimeoutError("slow")])
+
+    assert [("reserve", "ConnectionError: gone"), ("cancel", "TimeoutError: slow")] == [
+        (error.operation, error.cause) for error in pipeline.outcomes if isinstance(error, StoreUnavailable)
+    ]
+
+
+class NeverThere:
+    """An embedded server that cannot be started."""
+
+    def rest(self) -> tuple[float, EmbeddedError]:
+        return 60.0, EmbeddedError("the server of this folder does not start")
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_what_an_embedded_server_did_before_it_was_gone_is_told(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that has its answer does not fail for another one, and whose fails learns what is the matter."""
+    made = packed(["cancelled", 1, 0, 0, 1])
+    driver: Any = (SyncDriver if kind == "sync" else AsyncDriver)(redis.Redis(port=1), OPTIONS)
+    driver._ready, driver.server = True, NeverThere()
+
+    def answers(words: Any) -> list[Any]:
+        return [b"sd*\0" + made, redis.ConnectionError("gone")]
+
+    async def answers_awaited(words: Any) -> list[Any]:
+        return answers(words)
+
+    monkeypatch.setattr(driver, "_send_all", answers if kind == "sync" else answers_awaited)
+    batches = [cancelling("1", 1), cancelling("2", 2)]
+
+    outcomes = driver.calls(batches, 3.0)
+    outcomes = outcomes if kind == "sync" else asyncio.run(outcomes)
+
+    assert [[b"cancelled"], EmbeddedError] == statuses(outcomes)
 
 
 @pytest.mark.parametrize("tasks", [3, 300])

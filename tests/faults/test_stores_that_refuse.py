@@ -14,6 +14,8 @@ import pytest
 import redis
 
 from meterlib import Meter, StoreCorrupt, StoreError, StoreRefused
+from meterlib.core.operations import Fork
+from meterlib.store.commands import Call
 from meterlib.store.keys import LAYOUT_VERSION
 from meterlib.testing import Clock
 from tests.faults.world import (
@@ -83,6 +85,25 @@ def test_a_key_of_a_foreign_type_is_reported_and_nothing_is_written(
             verb.act(meter)
         assert isinstance(refusal.value, StoreCorrupt)
         assert everything(direct) == before
+
+
+def test_a_fork_finds_a_key_of_a_foreign_type_before_it_writes(meter: Meter, direct: redis.Redis, clock: Clock) -> None:
+    """Operator: once the key is put right, the fork is made as if nothing had been."""
+    build(meter, clock)
+    head = meter.head(0)
+    epoch, last = int(head.epoch), head.ledger_last
+    again = Call("fork", 0, Fork(epoch, epoch, last, last - 1))
+    saved = raw(direct)
+    ask(direct, "DEL", ENDED)
+    ask(direct, "SET", ENDED, "junk")
+    before = everything(direct)
+
+    with pytest.raises(StoreCorrupt, match="foreign type"):
+        meter._driver.execute(again)
+
+    assert everything(direct) == before
+    restore(direct, saved)
+    assert b"forked" == meter._driver.execute(again)[0]
 
 
 @pytest.mark.parametrize("field", ["head", "pending", "r/acme/mine", "r/acme/stale-1", "w/acme/hour"])

@@ -237,6 +237,7 @@ def test_a_long_window_says_not_to_wait_for_it() -> None:
     "limit",
     [
         Limit(name="none", quota=0, window="1m"),
+        Limit(name="no_input", quota=0, unit="input_tokens", window="1m"),
         Limit(name="small", quota=1, unit="total_tokens", window="1m", oversize="reject"),
         Limit(name="nobody", quota=0, open=True),
     ],

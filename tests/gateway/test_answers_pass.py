@@ -258,6 +258,21 @@ def test_odd_numbers_harm_nobody(usage: dict[str, Any]) -> None:
     run(use, HOSTED, limits=WIDE)
 
 
+def test_usage_that_can_hardly_be_is_booked_as_told_and_flagged() -> None:
+    """Finance: nobody but the provider knows, and somebody is told to look."""
+
+    async def use(world: World) -> None:
+        for output_tokens in (64_000, 64_001):
+            world.provider.answers(Answer(json=message(usage={"input_tokens": 5, "output_tokens": output_tokens})))
+            assert 200 == (await world.post(max_tokens=64)).status
+        entries = await ended(world)
+
+        assert [64_000, 64_001] == [entry.usage["output_tokens"] for entry in entries]
+        assert [None, "output_tokens"] == [entry.facts.get("implausible") for entry in entries]
+
+    run(use, HOSTED, limits=WIDE)
+
+
 # ── As it comes ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from meterlib import AsyncMeter, LedgerEntry, Policy, StoreOptions
 from meterlib.gateway.app import Gateway
-from meterlib.gateway.asgi import App, GatewayApp, MeteringMiddleware, Receive, Scope, Send, Who
+from meterlib.gateway.asgi import AnswerCutShort, App, GatewayApp, MeteringMiddleware, Receive, Scope, Send, Who
 from meterlib.gateway.callers import Callers
 from meterlib.settings import GatewaySettings
 from tests.gateway.answers import STREAMS, Answer, Hold, error
@@ -154,6 +154,103 @@ def test_a_client_that_leaves_pays_for_what_was_used(on_disconnect: str, quality
     mounted(use, on_disconnect=on_disconnect)
 
 
+@pytest.mark.parametrize("at", [0, 1, 3])
+def test_a_server_that_fails_to_send_leaves_nothing_open(at: int) -> None:
+    """Not every server says in the same way that nobody is there any more; whatever it raises, the call is booked."""
+
+    async def main() -> None:
+        async with (
+            Provider() as provider,
+            AsyncMeter.connect("memory://", Policy(limits=LIMITS), options=StoreOptions(shards=1)) as meter,
+        ):
+            settings = GatewaySettings(upstream=provider.url, shutdown_ms=0)
+            callers = Callers(settings, [HOSTED], {"ANTHROPIC_API_KEY": PROVIDER_KEY}, bytes(32))
+            app = GatewayApp(Gateway(settings, callers, meter))
+            asked = [{"type": "http.request", "body": json.dumps(message(stream=True)).encode()}]
+            sent: list[Any] = []
+
+            async def receive() -> Any:
+                return asked.pop() if asked else await asyncio.Event().wait()
+
+            async def send(told: Any) -> None:
+                if len(sent) == at:
+                    raise RuntimeError("made up by a test")
+                sent.append(told)
+
+            provider.answers(Answer(events=STREAMS["cached"].events, cut_every=200))
+            async with app.lifespan():
+                with pytest.raises(AnswerCutShort):
+                    await app(scope(), receive, send)
+            (entry,) = await entries_of(meter)
+            assert ("settled", "cut") == (entry.kind, entry.facts["end"])
+            assert 0 == (await meter.head(0)).open_reservations
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("how", ["client leaves", "server cancels", "gateway stops"])
+def test_wherever_it_is_interrupted_a_call_is_booked_once(how: str) -> None:
+    """At each turn of the loop, from the first to the last: what reached the provider has one entry, and no hold."""
+
+    async def main() -> None:
+        turns = 0
+        while await interrupted(how, turns):
+            turns += 1
+        assert turns > 20
+
+    asyncio.run(main())
+
+
+async def interrupted(how: str, turns: int) -> bool:
+    """Make a call, and interrupt it after so many turns; whether it was still under way."""
+    gone = asyncio.Event()
+    asked = [{"type": "http.request", "body": json.dumps(message(stream=True)).encode()}]
+
+    async def receive() -> Any:
+        if not asked:
+            await gone.wait()
+        return asked.pop() if asked else {"type": "http.disconnect"}
+
+    async def send(told: Any) -> None:
+        await asyncio.sleep(0)
+        if gone.is_set():
+            raise OSError("nobody is there")
+
+    async with (
+        Provider() as provider,
+        AsyncMeter.connect("memory://", Policy(limits=LIMITS), options=StoreOptions(shards=1)) as meter,
+    ):
+        settings = GatewaySettings(upstream=provider.url, shutdown_ms=0)
+        gateway = Gateway(settings, Callers(settings, [HOSTED], {"ANTHROPIC_API_KEY": PROVIDER_KEY}, bytes(32)), meter)
+        app = GatewayApp(gateway)
+        async with app.lifespan():
+            call = asyncio.ensure_future(app(scope(), receive, send))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            under_way = not call.done()
+            if how == "client leaves":
+                gone.set()
+            elif how == "server cancels":
+                call.cancel()
+            else:
+                gateway.stop_now()
+            await asyncio.wait([call])
+            while gateway._handling or gateway._background:
+                await asyncio.sleep(0.001)
+            call.cancelled() or call.exception()
+            entries = await entries_of(meter)
+            assert len(provider.requests) <= len(entries) <= 1, turns
+            assert 0 == (await meter.head(0)).open_reservations, turns
+    return under_way
+
+
+def scope() -> Scope:
+    """The head of a call, as a server tells it."""
+    headers = [(b"x-api-key", TOKEN.encode())]
+    told = {"method": "POST", "path": "/v1/messages", "query_string": b"", "headers": headers}
+    return {"type": "http", **told}
+
+
 def test_a_mounted_gateway_refuses_as_the_api_does() -> None:
     """Its errors can be told by any client of the API, and reach no provider."""
 
@@ -217,6 +314,21 @@ def test_the_middleware_books_what_an_app_streams(name: str) -> None:
 
     data = wire(name)
     metered(answering(data[:100], data[100:101], data[101:]), use)
+
+
+def test_the_middleware_adds_nothing_to_what_an_app_streams() -> None:
+    """All is known of a stream that lacks only its last event, and it passes as the app sent it."""
+
+    async def use(url: str, meter: AsyncMeter) -> None:
+        _, _, body, _ = await post(f"{url}/v1/messages", stream=True)
+
+        assert data == body
+        (entry,) = await until_entries(meter, 1)
+        assert ("final", "complete") == (entry.quality, entry.facts["end"])
+        assert "added" not in entry.facts
+
+    data = wire("cached")[: wire("cached").index(b"event: message_stop")]
+    metered(answering(data), use)
 
 
 def test_the_middleware_denies_before_the_app_is_called() -> None:

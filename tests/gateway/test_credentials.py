@@ -404,6 +404,19 @@ def test_a_file_that_has_lost_its_tenants_opens_nothing() -> None:
     run(use, HOSTED)
 
 
+def test_settings_whose_limits_are_refused_change_nothing() -> None:
+    """A file counts as a whole or not at all."""
+
+    async def use(world: World) -> None:
+        settings, callers, _ = others(callers="anyone")
+        shared = Policy(limits=[Limit(name="all", quota=9, window="1m", shared=True)])
+        with pytest.raises(PolicyError, match="one shard"):
+            world.gateway.reload(settings, callers, shared)
+        assert [401, 200] == [(await world.post(key=key)).status for key in ("sk-own", TOKEN)]
+
+    run(use, HOSTED)
+
+
 # ── Secrets ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 CANARIES = (TOKEN, PROVIDER_KEY, OWN_KEY, "sk-ant-canary-own", "ml_canary-unknown", "canary-prompt", "canary-basic")

@@ -162,6 +162,8 @@ UNENDED: dict[str, Answer] = {
     "no start": Answer(events=EVENTS[1:-1]),
     "broken off": Answer(events=EVENTS, breaks_after=after(-1), breaks="fin"),
     "an error behind it": Answer(events=failing(EVENTS, len(EVENTS) - 1)),
+    "text behind it": Answer(events=[*EVENTS[:-1], *said("More", index=1)]),
+    "the beginning of text behind it": Answer(events=[*EVENTS[:-1], said("More", index=1)[0]], cut_every=7),
     "half an event behind it": Answer(events=[*EVENTS[:-1], b"event: message_st"]),
     "no end of its line": Answer(events=EVENTS[:-1], open_end=True),
     "compressed": Answer(events=EVENTS[:-1], encoding="gzip"),

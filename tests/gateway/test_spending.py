@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -283,6 +284,19 @@ def test_a_guess_is_not_why_a_call_never_passes() -> None:
     run(use, HOSTED, limits=(budget(1, oversize="reject"),))
 
 
+def test_a_budget_of_nothing_lets_nothing_pass() -> None:
+    """Not even one call, though a guess is held down to what a budget has."""
+
+    async def use(world: World) -> None:
+        got = await world.post(stream=True)
+        assert (429, "rate_limit_error") == shape(got)
+        assert "false" == got.headers["x-should-retry"]
+        assert "of at most $0.00 for this month (UTC), so it can never be admitted" in got.json["error"]["message"]
+        assert [] == world.provider.requests
+
+    run(use, with_settings(HOSTED, quotas={"spend": 0}), limits=(budget(),))
+
+
 # ── Who is refused ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -451,14 +465,46 @@ def test_the_middleware_has_budgets_too(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-async def asked(app: Any, quota: AsyncMeter | None = None) -> int:
+def test_the_middleware_holds_more_for_a_long_stream_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Twice what was seen of it, as soon as that is more than was expected."""
+    monkeypatch.setattr("meterlib.gateway.asgi.TEND_S", 0)
+    begun, text = start({"input_tokens": 1_000, "output_tokens": 1}), said("x" * 4 * 5_000, characters=1000)
+    told = Answer(events=[begun, *text, delta({"output_tokens": 9_000}), {"type": "message_stop"}])
+    (tmp_path / "meterlib.toml").write_text(
+        '[[limit]]\nname = "spend"\nunit = "cost_nanousd"\nquota = 1_000_000_000\nperiod = "month"\n'
+    )
+
+    async def main() -> None:
+        async with a_meter() as meter:
+
+            async def app(scope: Any, receive: Any, send: Any) -> None:
+                headers = [(b"content-type", b"text/event-stream")]
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
+                *pieces, rest, last = [part for part in told.pieces() if isinstance(part, bytes)]
+                for piece in pieces:
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+                async with asyncio.timeout(10):
+                    while 1_000 * IN + 2 * 4_250 * OUT != (await meter.peek("acme", {}))[0].held:
+                        await asyncio.sleep(0.005)
+                await send({"type": "http.response.body", "body": rest + last})
+
+            spending = spending_for(Config.load(tmp_path / "meterlib.toml"))
+            wrapped = MeteringMiddleware(app, meter, who=lambda scope: Who("acme", {}), spending=spending)
+            assert 200 == await asked(wrapped, max_tokens=128_000)
+            state = (await meter.peek("acme", {}))[0]
+            assert (1_000 * IN + 9_000 * OUT, 0) == (state.used, state.held)
+
+    asyncio.run(main())
+
+
+async def asked(app: Any, quota: AsyncMeter | None = None, **fields: Any) -> int:
     """The status of an answer to a message; the quota is a dollar from then on."""
     if quota:
         quota.policy = Policy(limits=[budget(1_00)])
     sent: list[Any] = []
 
     async def receive() -> Any:
-        return {"type": "http.request", "body": str(message()).replace("'", '"').encode(), "more_body": False}
+        return {"type": "http.request", "body": json.dumps(message(**fields)).encode(), "more_body": False}
 
     async def send(told: Any) -> None:
         sent.append(told)

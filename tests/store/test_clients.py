@@ -16,6 +16,7 @@ from redis.cluster import RedisCluster
 
 from meterlib import AsyncMeter, LedgerEntry, Meter, Policy, QuotaExceeded, StoreCorrupt, StoreOptions, Usage
 from meterlib.store.connect import client_of
+from meterlib.store.keys import layout_key
 from tests.support.servers import Server, start_server
 
 POLICY = Policy.preset("buildkite-anthropic")
@@ -209,6 +210,20 @@ def test_another_number_of_shards_is_refused(server: Server) -> None:
         pytest.raises(StoreCorrupt, match="shards"),
     ):
         other.reserve("somebody else", CALL)
+
+
+def test_a_store_of_another_version_is_refused_and_the_number_of_shards_is_not_blamed(server: Server) -> None:
+    """What an older meterlib wrote is not read wrongly, and the advice is one that helps."""
+    with server.client() as client:
+        client.set(layout_key("meterlib"), "2/16")
+        with (
+            Meter.connect(server.url, POLICY) as meter,
+            pytest.raises(StoreCorrupt, match="another version") as refused,
+        ):
+            meter.reserve("acme", CALL)
+
+        assert "set [store] shards" not in str(refused.value)
+        assert 1 == client.dbsize()
 
 
 def test_two_meters_with_their_own_prefixes_do_not_meet(server: Server, tmp_path: Path) -> None:
