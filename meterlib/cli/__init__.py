@@ -85,6 +85,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, IntegrityError):
             return INTEGRITY
         return USAGE if isinstance(error, InvalidInput | PolicyError | UsageError) else FAILURE
+    except RuntimeError as error:
+        if str(error) != "Query interrupted":  # DuckDB's word for Ctrl-C, if that comes while it answers
+            raise
+        print("meterlib: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except UnicodeEncodeError as error:
         shown = ascii(error.object[error.start : error.end])
         print(f"meterlib: {error.encoding} cannot encode {shown}; set PYTHONIOENCODING=utf-8", file=sys.stderr)

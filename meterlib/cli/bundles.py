@@ -18,11 +18,20 @@ from meterlib.billing.prices.pricing import books_of
 from meterlib.billing.reports.invoice import Invoice
 from meterlib.cli.exits import INTEGRITY, OK
 from meterlib.cli.progress import Progress
+from meterlib.cli.report_formats import check_place
 from meterlib.config import Config
+from meterlib.errors import InvalidInput
 
 
 def write(path: Path, postings: Postings, invoice: Invoice, config: Config) -> BundleManifest:
-    """Write an invoice with all that is needed to check it."""
+    """Write an invoice with all that is needed to check it.
+
+    Raises:
+        InvalidInput: no file can be there.
+    """
+    check_place("--bundle", path)
+    if path.exists() and not path.is_file():
+        raise InvalidInput("--bundle", f"{path} is no file")
     with TemporaryDirectory(prefix="meterlib-bundle-") as scratch:
         database = duck.connect(Path(scratch))
         try:

@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 from meterlib.billing.reports.answers import Answer, Column, Row, Value
 from meterlib.core.money import plain
+from meterlib.errors import InvalidInput
 
 JSON_SAFE = 2**53
 """Integers from here on lose digits where JSON's numbers are read as doubles, so they are written as text."""
@@ -105,9 +106,25 @@ def put(made: Path, file: str | None) -> None:
         shutil.copyfile(made, scratch)
 
 
+def check_place(option: str, file: Path) -> None:
+    """Raises InvalidInput unless a file can have that name."""
+    if file.is_dir():
+        raise InvalidInput(option, f"{file} is a folder; name a file in it")
+    if not file.parent.is_dir():
+        raise InvalidInput(option, f"there is no folder {file.parent}")
+
+
 @contextmanager
 def whole_file(file: Path) -> Iterator[Path]:
-    """A file to be written, which gets its name when it is done, and is removed if that fails."""
+    """A file to be written, which gets its name when it is done, and is removed if that fails.
+
+    What is no file, such as `/dev/stdout` or a named pipe, is written to as it is: it must not become one.
+    """
+    check_place("--output", file)
+    if file.exists() and not file.is_file():
+        yield file
+        return
+    file = file.resolve()  # behind a link, since it is the file that is asked for
     descriptor, name = mkstemp(prefix=f".{file.name[:100]}.", dir=file.parent)
     os.close(descriptor)
     scratch = Path(name)

@@ -223,6 +223,51 @@ def test_a_call_that_expired_and_turns_out_to_have_used_something_costs_that(led
     assert [] == ledgers.problems()
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_what_a_correction_takes_back_has_the_price_it_was_rated_at(ledgers: Ledgers, *, again: bool) -> None:
+    """Whatever the book says by now: taken back in full, a call costs nothing, and keeps its price for the rest."""
+    call = ledgers.call(OCTOBER, "plain", tokens(input_tokens=1_000_000), tenant="acme")
+    ledgers.rate()
+    if again:
+        ledgers.rate_again(DEARER)
+    ledgers.correction(call, OCTOBER + 1000, {"input_tokens": -400_000})
+    ledgers.rate(BOOK if again else DEARER)
+    standing = ledgers.totals()[0]
+    ledgers.correction(call, OCTOBER + 2000, {"input_tokens": -600_000})
+    ledgers.rate(BOOK if again else DEARER)
+
+    assert Decimal("2.4" if again else "1.8") == standing
+    assert [0, 0, 0, 0, 0] == list(ledgers.totals())
+    assert [] == ledgers.problems()
+
+
+def test_a_correction_of_a_call_without_a_price_has_none_either(ledgers: Ledgers) -> None:
+    """Else a book that knows the model by then would take back money that was never billed."""
+    today = WIDER.replace("valid_until = 2026-01-01\n", "")
+    call = ledgers.call(OCTOBER, "new", tokens(input_tokens=1_000_000))
+    ledgers.rate()
+    ledgers.correction(call, OCTOBER + 1000, {"input_tokens": -400_000})
+    ledgers.rate(today)
+
+    assert [("", True), ("", True)] == [(row.currency, bool(row.unpriced)) for row in ledgers.rows()]
+    ledgers.rate_again(today)
+    assert Decimal("0.6") == ledgers.totals()[0]
+    assert [] == ledgers.problems()
+
+
+def test_a_correction_finds_prices_in_another_tier_in_the_book(ledgers: Ledgers) -> None:
+    """What the call never had a price for has that of the book; what is taken back with it has that of the call."""
+    call = ledgers.call(OCTOBER, "steep", tokens(input_tokens=90_000))
+    ledgers.rate()
+    dearer = BOOK.replace("input = 0.1\n", "input = 0.2\n").replace("input = 0.5\n", "input = 0.9\n")
+    ledgers.correction(call, OCTOBER + 1000, {"input_tokens": 20_000})
+    ledgers.rate(dearer)
+
+    told = [(row.quantity, f"{row.list_price:.1f}", row.above) for row in ledgers.rows() if row.token_type == "input"]
+    assert [(90_000, "0.1", 0), (110_000, "0.9", 100_000), (-90_000, "0.1", 0)] == told
+    assert [] == ledgers.problems()
+
+
 def test_a_correction_of_an_entry_that_is_lost_is_priced_as_booked(ledgers: Ledgers) -> None:
     """It is not dropped, and says what is doubtful about it."""
     call = ledgers.call(OCTOBER, "steep", tokens(input_tokens=90_000))

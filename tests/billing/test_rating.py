@@ -12,16 +12,17 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from meterlib import LedgerEntry
+from meterlib import LedgerEntry, Usage
 from meterlib.billing.prices.prices import PER
 from meterlib.billing.prices.terms import LIST, Terms
+from meterlib.billing.rating.budget import CostTable
 from meterlib.billing.rating.measures import passes_of
 from meterlib.billing.rating.rated import COSTS, RatedRow, RatedRows, Totals
 from meterlib.billing.rating.rating import add_usage, rate
 from meterlib.billing.rating.rerating import Change, compare, standing, summary
 from meterlib.billing.rating.rounding import rounded_lines
 from meterlib.core.money import plain
-from tests.billing.money import books, claude, entries, entry, tokens
+from tests.billing.money import at_ms, books, claude, entries, entry, tokens
 
 TERMS = Terms.of("12.5%", "3%", "5%", "7%")
 
@@ -561,3 +562,14 @@ def test_rows_are_a_record() -> None:
     assert RatedRows().totals.complete
     rated = rate(entry("plain", tokens(input_tokens=1, output_tokens=1)), books())
     assert [row.line for row in rated] == sorted(row.line for row in rated)
+
+
+def test_calls_that_are_booked_together_are_not_one_long_prompt() -> None:
+    """Fifty of ten thousand tokens each stay in the first tier; that this is an average is said."""
+    usage = Usage(requests=50, input_tokens=500_000, output_tokens=0)
+    told = tokens(requests=50, input_tokens=500_000)
+
+    (row,) = rate(entry("steep", told, "2026-10-10"), books())
+
+    assert (row.above, plain(row.list_cost or Decimal(0)), row.flags) == (0, "0.05", "tier_of_average")
+    assert 50_000_000 == CostTable(books()).cost_nanousd("steep", usage, at_ms=at_ms("2026-10-10"))

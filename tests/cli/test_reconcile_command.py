@@ -108,7 +108,7 @@ def test_programs_read_the_same_in_json_and_csv(run: Callable[..., Ran]) -> None
     ]
 
 
-def test_what_is_no_report_ends_with_2_and_what_is_not_there_with_1(run: Callable[..., Ran], tmp_path: Path) -> None:
+def test_what_is_no_report_or_not_there_ends_with_2(run: Callable[..., Ran], tmp_path: Path) -> None:
     """The file is named."""
     (tmp_path / "other.json").write_text('{"object": "list", "data": [{"id": 1}]}')
 
@@ -116,7 +116,10 @@ def test_what_is_no_report_ends_with_2_and_what_is_not_there_with_1(run: Callabl
 
     assert 2 == ran.code
     assert "other.json, value 1: $.data[0] is neither a bucket with results" in ran.err
-    assert 1 == run(*RECONCILE, "missing.json").code
+    for words in ((*RECONCILE, "missing.json"), (*RECONCILE, "usage.json", "--map", "missing.json")):
+        ran = run(*words)
+        assert (2, "", 1) == (ran.code, ran.out, ran.err.count("\n"))
+        assert ran.err.endswith("missing.json cannot be read: No such file or directory\n")
 
 
 def test_a_bundle_is_written_and_verified_by_whoever_gets_it(run: Callable[..., Ran], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -468,4 +469,54 @@ def test_a_file_is_there_as_a_whole_or_not_at_all(books: Books, run: Run, tmp_pa
     assert "before" == file.read_text()
     assert 0 == run("report", "cost", "--by", "tenant", "--format", "csv", "--output", str(file)).code
     assert file.read_text().startswith("tenant,currency,list_cost")
-    assert 1 == run("report", "cost", "--output", str(tmp_path / "nowhere" / "x")).code
+    nowhere = run("report", "cost", "--output", str(tmp_path / "nowhere" / "x"))
+    assert (2, f"meterlib: --output: there is no folder {tmp_path / 'nowhere'}\n") == (nowhere.code, nowhere.err)
+    folder = run("report", "cost", "--output", str(tmp_path))
+    assert (2, f"meterlib: --output: {tmp_path} is a folder; name a file in it\n") == (folder.code, folder.err)
+
+
+def test_what_is_no_file_is_written_to_and_does_not_become_one(books: Books, run: Run, tmp_path: Path) -> None:
+    """A pipe stays a pipe, a device a device, and a link a link."""
+    record(books)
+    run("export", "run")
+    pipe, link, file = tmp_path / "pipe", tmp_path / "link", tmp_path / "report.csv"
+    os.mkfifo(pipe)
+    link.symlink_to(file)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+
+    for place in (pipe, link):
+        assert 0 == run("report", "cost", "--by", "tenant", "--format", "csv", "--output", str(place)).code
+    assert pipe.is_fifo()
+    assert link.is_symlink()
+    assert file.read_bytes() == os.read(reader, 65_536)
+    os.close(reader)
+    bundle = ("report", "invoice", "--tenant", "acme", "--period", "2026-10", "--bundle")
+    assert (2, f"meterlib: --bundle: {pipe} is no file\n") == run(*bundle, str(pipe))[::2]
+
+
+def test_a_file_of_the_archive_that_cannot_be_read_is_named(books: Books, run: Run) -> None:
+    """One line and exit code 5, whatever is asked."""
+    record(books)
+    run("export", "run")
+    segment = next((books.path / "shard-0000").glob("*.parquet"))
+    segment.write_bytes(b"")
+
+    for words in (("usage",), ("cost", "--by", "team"), ("limits",)):
+        ran = run("report", *words)
+        assert (5, "", 1) == (ran.code, ran.out, ran.err.count("\n"))
+        assert str(segment.name) in ran.err
+
+
+def test_ctrl_c_within_a_query_is_ctrl_c(books: Books, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DuckDB raises an error of its own then; any other error of that kind is a defect and stays one."""
+    record(books)
+    run("export", "run")
+    said = iter(["Query interrupted", "something else"])
+
+    def fail(*_: object) -> None:
+        raise RuntimeError(next(said))
+
+    monkeypatch.setattr("meterlib.cli.report_archive.usage_report", fail)
+    assert (130, "", "meterlib: interrupted\n") == run("report", "usage")
+    with pytest.raises(RuntimeError, match="something else"):
+        run("report", "usage")

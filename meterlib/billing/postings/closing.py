@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any, NamedTuple
 
 import meterlib
@@ -31,6 +32,7 @@ from meterlib.billing.postings.closes import (
 )
 from meterlib.billing.postings.postings import Postings
 from meterlib.billing.rating.rated import COSTS
+from meterlib.core.periods import zone
 from meterlib.errors import IntegrityError, InvalidInput
 from meterlib.store import flows
 
@@ -107,11 +109,14 @@ class Closing:
 
     def _hindrances(self, words: Sequence[Word] | None, shards: int) -> list[str]:
         found = []
+        if beyond := [shard for shard in self._postings.segments if shard >= shards]:
+            return [f"the archive has entries of shard {beyond[-1]}, and the store has {shards}: set [store] shards"]
         for shard in range(shards):
             archived = self._last_archived(shard)
             word = words[shard] if words is not None else None
             if word is not None and word.clock_ms < self.month.end_ms:
-                return [f"{self.month.label} is not over: it ends at {self.month.end_ms} ms, by [billing] tz"]
+                end = f"{self._end()} ([billing] tz {self._postings.tz!r})"
+                return [f"{self.month.label} is not over: it ends at {end}"]
             if archived[1] >= self.month.end_ms or (word is not None and archived[0] >= word.last):
                 continue
             if word is None:
@@ -124,6 +129,10 @@ class Closing:
                 found.append(f"entries {entries} are not exported; `meterlib export run` does it")
         unrated = self._unrated()
         return found + [f"entries {entries} are not rated; `meterlib rate` does it" for entries in unrated]
+
+    def _end(self) -> str:
+        """The first moment behind the month, on the clocks of its zone."""
+        return datetime.fromtimestamp(self.month.end_ms // 1000, zone(self._postings.tz)).isoformat(timespec="minutes")
 
     def _last_archived(self, shard: int) -> tuple[int, int]:
         """Number of the last archived entry of a shard, and when it was booked."""

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from meterlib.billing import duck
 from meterlib.billing.archive.archive import Archive
 from meterlib.billing.archive.rows import COUNTS, MADE, VERBATIM
-from meterlib.billing.archive.segments import VanishedError
+from meterlib.billing.archive.segments import VanishedError, unreadable
 from meterlib.billing.months import month_at, month_sql, months
 from meterlib.billing.postings.closes import Close, closes_of
 from meterlib.billing.postings.pieces import STORED, RatedFiles
@@ -183,8 +183,12 @@ class Postings:
             return look()
         except (duck.failure(), OSError) as error:
             named = [self.archive.file(segment) for segments in self.segments.values() for segment in segments]
-            if any(not file.exists() for file in (*self.files(), *named)):
+            files = (*self.files(), *named)
+            if any(not file.exists() for file in files):
                 raise VanishedError(str(error)) from error
+            for file in files:
+                if f"'{file}'" in str(error) or f'"{file}"' in str(error):
+                    raise unreadable(file, error) from None
             raise
 
 

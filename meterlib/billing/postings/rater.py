@@ -22,9 +22,11 @@ from meterlib.billing.archive.rows import LINE, entry_from
 from meterlib.billing.archive.segments import Segment, VanishedError
 from meterlib.billing.postings.closes import closed_until
 from meterlib.billing.postings.pieces import RATED_SCHEMA, Made, RatedFacts, RatedFiles, grouped, stage, unreadable_one
+from meterlib.billing.postings.posted import posted_rows
 from meterlib.billing.prices.prices import PriceBooks
 from meterlib.billing.prices.terms import Terms
 from meterlib.billing.rating.corrections import Corrected, Earlier, Place, place_of
+from meterlib.billing.rating.rated import RatedRow
 from meterlib.billing.rating.rating import rate
 from meterlib.billing.rating.rating_sql import COLUMNS, SqlRating
 from meterlib.core.ledger import LedgerEntry
@@ -127,7 +129,7 @@ class Rater:
         link = self._archive.facts(block.segments[-1]).link
         scratch = self._archive.work().folder
         made = stage_block(
-            self._database, self._archive, block, self._prices, scratch, closed_until(self._archive.path)
+            self._database, self._archive, block, self._prices, scratch, closed_until(self._archive.path), self._files
         )
         facts = RatedFacts(
             schema=RATED_SCHEMA,
@@ -168,7 +170,13 @@ def next_block(archive: Archive, files: RatedFiles, shard: int, after: Place | N
 
 
 def stage_block(
-    database: Any, archive: Archive, block: Block, prices: Prices, scratch: Path, closed_ms: int = 0
+    database: Any,
+    archive: Archive,
+    block: Block,
+    prices: Prices,
+    scratch: Path,
+    closed_ms: int = 0,
+    posted: RatedFiles | None = None,
 ) -> Made:
     """Have the rated rows of a block in the database's table `rated`; what they are made with.
 
@@ -179,13 +187,14 @@ def stage_block(
         prices: what by.
         scratch: a folder for what is temporary.
         closed_ms: when the last closed period ended, in ms since 1970 UTC; 0 if none is closed.
+        posted: where corrections find the prices that their calls were rated at; None to look all prices up.
 
     Raises:
         VanishedError: the archive was compacted meanwhile.
     """
     try:
         with duck.disk_errors():
-            return _stage_block(database, archive, block, prices, scratch, closed_ms)
+            return _stage_block(database, archive, block, prices, scratch, closed_ms, posted)
     except duck.failure() as error:
         raise unreadable_one([archive.file(segment) for segment in block.segments], error) from None
     except OSError as error:  # which a file that is gone is, too
@@ -194,7 +203,15 @@ def stage_block(
         raise
 
 
-def _stage_block(database: Any, archive: Archive, block: Block, prices: Prices, scratch: Path, closed_ms: int) -> Made:
+def _stage_block(
+    database: Any,
+    archive: Archive,
+    block: Block,
+    prices: Prices,
+    scratch: Path,
+    closed_ms: int,
+    posted: RatedFiles | None,
+) -> Made:
     source = block.source(archive)
     used: dict[str, Terms] = {}
 
@@ -211,7 +228,9 @@ def _stage_block(database: Any, archive: Archive, block: Block, prices: Prices, 
     corrections = f"SELECT * FROM ({rating.hard_sql}) WHERE kind = 'adjusted'"
     corrected = earlier.corrected(list(_entries(database, block.shard, corrections)))
     hard = _entries(database, block.shard, rating.hard_sql)
-    rows = _rated(hard, prices.books, terms_of, corrected)
+    places = {place for one in corrected.values() for place in one.places}
+    known = {} if posted is None else posted_rows(posted, database, block.shard, places)
+    rows = _rated(hard, prices.books, terms_of, corrected, known)
     _fill(database, scratch, "rated_hard", {**COLUMNS, "booked_at": "BIGINT"}, rows)
     _fill_touched(database, scratch, _touches(database, source, block, earlier, corrected))
     stage(
@@ -237,11 +256,14 @@ def _rated(
     books: PriceBooks,
     terms_of: Callable[[str], Terms],
     corrected: dict[Place, Corrected],
+    posted: dict[Place, list[RatedRow]],
 ) -> Iterator[dict[str, Any]]:
     """The rows of those entries that SQL leaves to `rate`, by column."""
     for entry in entries:
         found = corrected.get(place_of(entry))
-        for row in rate(entry, books, terms_of(entry.tenant), corrects=None if found is None else found.entry):
+        call = None if found is None else found.entry
+        known = [] if found is None else [row for place in found.places for row in posted.get(place, ())]
+        for row in rate(entry, books, terms_of(entry.tenant), corrects=call, posted=known):
             yield {**{name: getattr(row, name) for name in COLUMNS}, "booked_at": entry.booked_at}
 
 

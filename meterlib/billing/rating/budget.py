@@ -54,7 +54,7 @@ class CostTable:
             provider: who served it.
         """
         fresh, output = usage.input_tokens, usage.output_tokens
-        if fresh is None or output is None or usage.iterations:
+        if fresh is None or output is None or usage.iterations or (usage.requests or 0) > 1:
             return self._of_passes(passes_of_usage(counts_of(usage), provider, model), at_ms)
         split, five, hour = usage.cache_creation, 0, 0
         if split is not None:

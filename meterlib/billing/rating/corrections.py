@@ -28,10 +28,12 @@ class Corrected(NamedTuple):
     Attributes:
         entry: the call, its usage with all corrections before this one included.
         touched: the entry that the correction names: the call's, or an earlier correction of it.
+        places: of the call and its corrections before this one.
     """
 
     entry: LedgerEntry
     touched: LedgerEntry
+    places: tuple[Place, ...]
 
 
 class Earlier:
@@ -59,14 +61,16 @@ class Earlier:
             return {}
         before = self._corrections_of(roots.values())
         totals = {place_of(root): root for root in roots.values()}
+        places: dict[Place, tuple[Place, ...]] = {place: (place,) for place in totals}
         corrected: dict[Place, Corrected] = {}
         for one in sorted({**before, **{place_of(one): one for one in adjusted}}.values(), key=place_of):
             call = self._root(one)
             if call is None or (total := totals.get(place_of(call))) is None:
                 continue
             if place_of(one) in roots:
-                corrected[place_of(one)] = Corrected(total, touched[place_of(one)])
+                corrected[place_of(one)] = Corrected(total, touched[place_of(one)], places[place_of(call)])
             usage = add_usage(total.usage, one.usage)
+            places[place_of(call)] += (place_of(one),)
             totals[place_of(call)] = msgspec.structs.replace(total, usage=usage)
         return corrected
 

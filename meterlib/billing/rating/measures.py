@@ -42,6 +42,7 @@ SPLIT_UNKNOWN = "split_unknown"
 SPLIT_CONTRADICTS = "split_contradicts"
 PASSES_DIFFER = "passes_differ"
 TIER_OF_DIFFERENCE = "tier_of_difference"
+TIER_OF_AVERAGE = "tier_of_average"
 DECLINED = "declined"
 
 Amounts: TypeAlias = tuple[int | None, ...]
@@ -58,7 +59,7 @@ class Pass(NamedTuple):
         model: that did it; empty if nobody told.
         variant: how it was served, as price books call it.
         geo: where, if that was confined to a place; else `global`.
-        prompt: tokens of its whole prompt, which decide about the tier.
+        prompt: tokens of its whole prompt, which decide about the tier; of several calls' together, their average.
         amounts: what it used.
         flags: what is doubtful about the numbers, separated by commas.
         unknown: names behind the amount of the kind `unknown`.
@@ -105,7 +106,8 @@ def passes_of_usage(
     if iterations and not signed and not _adds_up(usage, iterations):
         flags.append(PASSES_DIFFER)
     variant, geo = variant_of(usage.get("service_tier"), usage.get("speed")), geo_of(usage.get("inference_geo"))
-    own = Pass(0, "call", provider, served, variant, geo, _prompt(amounts), amounts, ",".join(flags), unknown)
+    prompt = -(-_prompt(amounts) // max(_count(usage, "requests"), 1))  # of several calls: what one of them has
+    own = Pass(0, "call", provider, served, variant, geo, prompt, amounts, ",".join(flags), unknown)
     return (own, *_others(own, usage, iterations))
 
 

@@ -20,6 +20,7 @@ from meterlib.billing.rating.measures import (
     OTHER,
     SPLIT_CONTRADICTS,
     SPLIT_UNKNOWN,
+    TIER_OF_AVERAGE,
     TIER_OF_DIFFERENCE,
     WRITE_1H,
     WRITE_5M,
@@ -28,6 +29,7 @@ from meterlib.billing.rating.measures import (
     passes_of,
 )
 from meterlib.billing.rating.rated import RatedRow, RatedRows, cost_of, reversal, with_quantity
+from meterlib.billing.rating.standing import StandingPrices
 from meterlib.core.ledger import LedgerEntry
 from meterlib.core.money import ZERO
 from meterlib.core.policy import Funding
@@ -36,9 +38,16 @@ LINES_PER_PASS = 32
 FEE_LINES = 16
 """Line numbers are fixed: pass times 32, plus the slot of the kind, plus 16 for the fee on it."""
 
+NO_STANDING = StandingPrices()
+
 
 def rate(
-    entry: LedgerEntry, books: PriceBooks, terms: Terms = LIST, *, corrects: LedgerEntry | None = None
+    entry: LedgerEntry,
+    books: PriceBooks,
+    terms: Terms = LIST,
+    *,
+    corrects: LedgerEntry | None = None,
+    posted: Iterable[RatedRow] = (),
 ) -> RatedRows:
     """What an entry costs.
 
@@ -52,32 +61,63 @@ def rate(
         books: where prices are looked up.
         terms: of the entry's tenant.
         corrects: of an `adjusted` entry: the one it corrects, its usage with all earlier corrections included.
+        posted: the rows of that one and of its earlier corrections, in the order in which they were posted. Their list
+            prices hold for the correction as well, so that what is taken back is taken back at the price it had.
     """
     if entry.kind == "adjusted" and corrects is not None:
-        return RatedRows(_difference(entry, books, terms, corrects))
+        return RatedRows(_difference(entry, books, terms, corrects, StandingPrices(posted)))
     at_ms = entry.reserved_at or entry.booked_at
     return RatedRows(tuple(_rows(entry, passes_of(entry), books, terms, at_ms)))
 
 
 def _rows(
-    entry: LedgerEntry, passes: Iterable[Pass], books: PriceBooks, terms: Terms, at_ms: int
+    entry: LedgerEntry,
+    passes: Iterable[Pass],
+    books: PriceBooks,
+    terms: Terms,
+    at_ms: int,
+    standing: StandingPrices = NO_STANDING,
 ) -> Iterator[RatedRow]:
     for one in passes:
         found = books.rate(one.provider, one.model, at_ms=at_ms, variant=one.variant, geo=one.geo, prompt=one.prompt)
-        if entry.kind == "adjusted" and _has_tiers(books, one, at_ms):
-            one = one._replace(flags=f"{one.flags},{TIER_OF_DIFFERENCE}".lstrip(","))
+        if (doubt := _doubt_of_prompt(entry, one)) and _has_tiers(books, one, at_ms):
+            one = one._replace(flags=f"{one.flags},{doubt}".lstrip(","))
         for slot, quantity in enumerate(one.amounts):
             if quantity == 0:
                 continue
             line = _line(entry, one, slot, quantity, at_ms)
-            price = None if isinstance(found, Unpriced) else found.prices.get(line["token_type"])
-            if quantity is None or isinstance(found, Unpriced) or price is None:
-                yield RatedRow(**line, unpriced=reason_of(found, slot, quantity, one.unknown))
+            known = standing.of(line, found) if quantity is not None else None
+            price, origin = _looked_up(found, line["token_type"]) if known is None else _as_posted(known)
+            if quantity is None or price is None:
+                reason = known.unpriced if known is not None else reason_of(found, slot, quantity, one.unknown)
+                yield RatedRow(**line, unpriced=reason)
                 continue
-            row = _priced(line, found, price, terms)
+            row = _priced(line, origin, price, terms)
             yield row
             if entry.funding == "own" and terms.platform_fee:
                 yield _fee(row, price, terms)
+
+
+def _looked_up(found: Rate | Unpriced, kind: str) -> tuple[Decimal | None, dict[str, Any]]:
+    """The list price of a kind of token, and where it is from."""
+    if isinstance(found, Unpriced):
+        return None, {}
+    return found.prices.get(kind), {
+        "currency": found.currency,
+        "price_source": found.source,
+        "price_model": found.model,
+        "price_digest": found.digest,
+        "price_from": found.valid_from,
+        "above": found.above,
+    }
+
+
+def _as_posted(row: RatedRow) -> tuple[Decimal | None, dict[str, Any]]:
+    """The same, as a row has it."""
+    return row.list_price, {name: getattr(row, name) for name in _ORIGIN}
+
+
+_ORIGIN = ("currency", "price_source", "price_model", "price_digest", "price_from", "above")
 
 
 def _line(entry: LedgerEntry, one: Pass, slot: int, quantity: int | None, at_ms: int) -> dict[str, Any]:
@@ -106,12 +146,12 @@ def _line(entry: LedgerEntry, one: Pass, slot: int, quantity: int | None, at_ms:
     }
 
 
-def _priced(line: Mapping[str, Any], rate: Rate, price: Decimal, terms: Terms) -> RatedRow:
+def _priced(line: Mapping[str, Any], origin: Mapping[str, Any], price: Decimal, terms: Terms) -> RatedRow:
     prices = customer_prices(price, terms, line["funding"])
     costs = [cost_of(one, line["per"], line["quantity"]) for one in prices]
     return RatedRow(
         **line,
-        currency=rate.currency,
+        **origin,
         list_price=prices[0],
         contracted_price=prices[1],
         billed_price=prices[2],
@@ -120,11 +160,6 @@ def _priced(line: Mapping[str, Any], rate: Rate, price: Decimal, terms: Terms) -
         contracted_cost=costs[1],
         billed_cost=costs[2],
         upstream_cost=costs[3],
-        price_source=rate.source,
-        price_model=rate.model,
-        price_digest=rate.digest,
-        price_from=rate.valid_from,
-        above=rate.above,
     )
 
 
@@ -178,6 +213,14 @@ def flags_of(flags: str, slot: int) -> str:
     return ",".join(flag for flag in flags.split(",") if slot in writes.get(flag, (slot,)))
 
 
+def _doubt_of_prompt(entry: LedgerEntry, one: Pass) -> str:
+    """Why it is not known how long the prompt was."""
+    if entry.kind == "adjusted":
+        return TIER_OF_DIFFERENCE
+    requests = entry.usage.get("requests")
+    return TIER_OF_AVERAGE if one.number == 0 and type(requests) is int and requests > 1 else ""
+
+
 def _has_tiers(books: PriceBooks, one: Pass, at_ms: int) -> bool:
     rates = books.rates(one.provider, one.model, at_ms=at_ms, variant=one.variant, geo=one.geo)
     return not isinstance(rates, Unpriced) and len(rates) > 1
@@ -186,7 +229,9 @@ def _has_tiers(books: PriceBooks, one: Pass, at_ms: int) -> bool:
 # ── Corrections of usage ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _difference(entry: LedgerEntry, books: PriceBooks, terms: Terms, corrects: LedgerEntry) -> tuple[RatedRow, ...]:
+def _difference(
+    entry: LedgerEntry, books: PriceBooks, terms: Terms, corrects: LedgerEntry, standing: StandingPrices
+) -> tuple[RatedRow, ...]:
     """The corrected call at its price less the call as it was at its own: the two may be in different tiers.
 
     A line that has another price now is taken back in full and posted anew, so that each row still has one price.
@@ -197,8 +242,8 @@ def _difference(entry: LedgerEntry, books: PriceBooks, terms: Terms, corrects: L
         corrects = msgspec.structs.replace(corrects, kind="settled", usage=add_usage(nothing, corrects.usage))
     before = msgspec.structs.replace(corrects, quality=entry.quality)
     after = msgspec.structs.replace(before, usage=add_usage(corrects.usage, entry.usage))
-    old = {row.line: row for row in _rows(before, passes_of(before), books, terms, at_ms)}
-    new = {row.line: row for row in _rows(after, passes_of(after), books, terms, at_ms)}
+    old = {row.line: row for row in _rows(before, passes_of(before), books, terms, at_ms, standing)}
+    new = {row.line: row for row in _rows(after, passes_of(after), books, terms, at_ms, standing)}
     rows = [row for line in sorted(old.keys() | new.keys()) for row in _changed(old.get(line), new.get(line))]
     mine = {"epoch": entry.epoch, "shard": entry.shard, "n": entry.n, "kind": entry.kind}
     return tuple(msgspec.structs.replace(row, **mine) for row in rows)

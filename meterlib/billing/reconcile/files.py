@@ -139,12 +139,15 @@ def read_reports(files: Iterable[Path]) -> Told:
     """What the provider's files tell.
 
     Raises:
-        InvalidInput: a file is no such report, or tells what another one tells, too; it says which, and where.
-        OSError: a file cannot be read.
+        InvalidInput: a file cannot be read, is no such report, or tells what another one tells, too; it says which,
+            and where.
     """
     reading = _Reading()
     for file in files:
-        reading.read(file)
+        try:
+            reading.read(file)
+        except OSError as error:
+            raise InvalidInput(_OPTION, f"{file} cannot be read: {error.strerror}") from None
     return reading.told()
 
 

@@ -44,11 +44,12 @@ class IdMap(NamedTuple):
         """The map of a file.
 
         Raises:
-            InvalidInput: it is no such map.
-            OSError: it cannot be read.
+            InvalidInput: it cannot be read, or is no such map.
         """
         try:
             found = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), _MapFile)
+        except OSError as error:
+            raise InvalidInput("--map", f"{path} cannot be read: {error.strerror}") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
             raise InvalidInput("--map", f"{path} is no map of the provider's ids: {error}") from None
         if not found.api_keys and not found.workspaces:
