@@ -151,20 +151,25 @@ def amounts(rows: Iterable[RatedRow]) -> Amounts:
     return (*(getattr(totals, cost) for cost in COSTS), Decimal(totals.unpriced))
 
 
-def as_rated(entries: Sequence[LedgerEntry], text: str = BOOK) -> list[RatedRow]:
-    """The rows of these entries by `rate`, each correction with the call that it corrects as it was by then."""
+def as_rated(entries: Sequence[LedgerEntry], text: str = BOOK, posted: Sequence[RatedRow] = ()) -> list[RatedRow]:
+    """The rows of these entries by `rate`, each correction with the call that it corrects as it was by then.
+
+    A correction keeps the prices that rows of its call, and of earlier corrections, were posted with.
+    """
     books, rows = PriceBooks(parse_book(text)), []
     by_n = {one.n: one for one in entries}
     for at, one in enumerate(entries):
         call = _call_of(one, by_n)
-        corrects = None
+        corrects, numbers = None, [call.n]
         if one.kind == "adjusted":
             corrects = call
             for earlier in entries[:at]:
                 if earlier.kind == "adjusted" and _call_of(earlier, by_n).n == call.n:
                     usage = add_usage(corrects.usage, earlier.usage)
                     corrects = msgspec.structs.replace(corrects, usage=usage)
-        rows += list(rate(one, books, TERMS.get(one.tenant, LIST), corrects=corrects))
+                    numbers.append(earlier.n)
+        known = [row for n in numbers for row in posted if row.n == n]
+        rows += list(rate(one, books, TERMS.get(one.tenant, LIST), corrects=corrects, posted=known))
     return sorted(rows, key=lambda row: (row.n, row.line))
 
 

@@ -517,7 +517,7 @@ def correct(ledgers: Ledgers, at: int, n: int, change: dict[str, Any]) -> None:
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(histories())
 def test_the_sum_of_the_rows_is_that_of_the_entries_whatever_was_done(history: list[Any]) -> None:
-    """Rated in pieces by several books, corrected, rated again: in the end all costs what it costs by the last book."""
+    """Rated in pieces by several books, corrected at the prices that calls have, and all again by the last book."""
     with tempfile.TemporaryDirectory() as folder:
         ledgers = Ledgers(Path(folder))
         at = OCTOBER
@@ -533,7 +533,7 @@ def test_the_sum_of_the_rows_is_that_of_the_entries_whatever_was_done(history: l
             elif word == "rate":
                 ledgers.rate(*what)
                 new = {one.n for one in ledgers.entries[len(pinned) :]}
-                expected += [row for row in as_rated(ledgers.entries, *what) if row.n in new]
+                expected += [row for row in as_rated(ledgers.entries, what[0], expected) if row.n in new]
                 pinned = list(ledgers.entries)
             else:
                 again = bool(ledgers.rate_again(*what)) or again
