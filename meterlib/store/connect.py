@@ -18,6 +18,7 @@ from meterlib.store.drivers import (
     SyncDriver,
 )
 from meterlib.store.embedded import EmbeddedServer, parse_embedded_url
+from meterlib.store.wires import AsyncDirectWire, DirectWire
 
 Face = Literal["sync", "async"]
 _ENCODE = "a / ? # or @ in a user name or password is written %2F %3F %23 %40"
@@ -37,7 +38,6 @@ def driver_for_url(url: str, options: StoreOptions, clock: Clock | None, face: F
     if scheme == "memory":
         store = MemoryStore(options)
         return MemoryDriver(store, clock) if face == "sync" else AsyncMemoryDriver(store, clock)
-    driver = SyncDriver if face == "sync" else AsyncDriver
     if scheme == "embedded":
         try:
             server = EmbeddedServer(parse_embedded_url(url))
@@ -50,7 +50,17 @@ def driver_for_url(url: str, options: StoreOptions, clock: Clock | None, face: F
         client = make(url, options, face)
     except (ValueError, TypeError):
         raise InvalidInput("url", "one of its parts makes no sense, such as an unknown setting behind the ?") from None
-    return driver(client, options, clock)
+    return _driver(client, options, clock, face, direct=make is _single)
+
+
+def _driver(
+    client: Any, options: StoreOptions, clock: Clock | None, face: Face, *, direct: bool
+) -> SyncDriver | AsyncDriver:
+    """A driver for a client of our own; direct: it has but one server, so that calls need not go by the client."""
+    if face == "sync":
+        return SyncDriver(client, options, clock, wire=DirectWire(client.connection_pool) if direct else None)
+    wire = AsyncDirectWire(client.connection_pool, options.timeout_ms) if direct else None
+    return AsyncDriver(client, options, clock, wire=wire)
 
 
 def _check_url(url: str, scheme: str) -> None:
@@ -133,7 +143,7 @@ def driver_for_client(client: Any, options: StoreOptions, clock: Clock | None, f
 def embedded_driver(server: EmbeddedServer, options: StoreOptions, clock: Clock | None, face: Face) -> Any:
     """A driver whose server is started, or joined, at the first call, and taken over when its owner is gone."""
     client = _pooled(face, options, "unix", path=str(server.socket_path))
-    driver: SyncDriver | AsyncDriver = (SyncDriver if face == "sync" else AsyncDriver)(client, options, clock)
+    driver = _driver(client, options, clock, face, direct=True)
     driver.server = server
     return driver
 

@@ -40,6 +40,7 @@ from meterlib.store.faults import FAILURES, Attempts, corrupt, out_of_reach
 from meterlib.store.keys import layout, layout_key, shard_keys, sinks_key
 from meterlib.store.pipelines import Pipeline
 from meterlib.store.scripts import Script, script
+from meterlib.store.wires import AsyncClientWire, AsyncWire, ClientWire, Wire
 
 T = TypeVar("T")
 READING = ("peek", "find")
@@ -58,7 +59,8 @@ class StoreOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         sweep_max: how many overdue or forgettable reservations each operation clears in passing.
         timeout_ms: how long one try waits for the server.
         deadline_ms: how long a call tries altogether.
-        connections_max: how many connections a meter opens at most; further calls wait for one.
+        connections_max: how many connections a meter opens at most, beside the one or two that verbs share where there
+            is one server; whoever needs a further one waits.
     """
 
     shards: int = 16
@@ -183,10 +185,20 @@ class _Calls:
 class SyncDriver:
     """Runs flows against a redis-py client."""
 
-    def __init__(self, client: Any, options: StoreOptions, clock: Clock | None = None, *, plain: bool = False) -> None:
+    def __init__(
+        self,
+        client: Any,
+        options: StoreOptions,
+        clock: Clock | None = None,
+        *,
+        wire: Wire | None = None,
+        plain: bool = False,
+    ) -> None:
         self.client = client
         self.options = options
         self._calls = _Calls(options, clock, plain=plain)
+        self._by_client = ClientWire(client)
+        self._wire = wire or self._by_client
         self._one_server = hasattr(client, "pipeline") and not hasattr(client, "get_node_from_key")
         self.server: EmbeddedServer | None = None
         self._layout_checked = False
@@ -248,12 +260,12 @@ class SyncDriver:
         while True:
             try:
                 try:
-                    answer = self._send(*self._calls.words(batch))
+                    answer = self._wire.ask(self._calls.words(batch))
                 except NoScriptError:
-                    answer = self._send(*self._calls.words(batch, by_text=True))
+                    answer = self._wire.ask(self._calls.words(batch, by_text=True))
                 return self._calls.replies(batch.script, len(batch.operations), answer)
             except StoreUnavailable:
-                self._forget_connections()
+                self._wire.drop()
                 raise
             except FAILURES as error:
                 deadline_ms = self.options.deadline_ms if deadline_s is None else deadline_s * 1000
@@ -271,7 +283,7 @@ class SyncDriver:
             return [error] * len(batches)
         pipeline = Pipeline(self._calls, batches, deadline_s)
         while words := pipeline.words():
-            wait_s = pipeline.take(self._send_all(words))
+            wait_s = pipeline.take(self._wire.ask_all(words))
             if not wait_s:
                 continue
             try:
@@ -279,7 +291,7 @@ class SyncDriver:
             except MeterError as error:
                 pipeline.give_up(error)
         if any(isinstance(outcome, StoreUnavailable) for outcome in pipeline.outcomes):
-            self._forget_connections()
+            self._wire.drop()
         return pipeline.outcomes
 
     def _outcome(self, batch: Batch, deadline_s: float) -> list[Reply] | MeterError:
@@ -288,41 +300,13 @@ class SyncDriver:
         except MeterError as error:
             return error
 
-    def _send_all(self, words: Sequence[Sequence[Value]]) -> list[Any]:
-        pipe = self.client.pipeline(transaction=False)
-        for one in words:
-            pipe.execute_command(*one, NEVER_DECODE=True)
-        try:
-            answers: list[Any] = pipe.execute(raise_on_error=False)
-        except FAILURES as error:
-            return [error] * len(words)
-        except BaseException:
-            self._forget_connections()  # see _send
-            raise
-        return answers
-
     def _retrying(self, name: str, *words: Value) -> Any:
         attempts = Attempts(name, self.options.deadline_ms)
         while True:
             try:
-                return self._send(*words)
+                return self._by_client.ask(words)
             except FAILURES as error:
                 self._pause(attempts, error)
-
-    def _send(self, *words: Value) -> Any:
-        try:
-            return self.client.execute_command(*words, NEVER_DECODE=True)
-        except Exception:
-            raise
-        except BaseException:
-            # An interrupt may strike between a request and its answer; the next call must not take that for its own.
-            self._forget_connections()
-            raise
-
-    def _forget_connections(self) -> None:
-        pool = getattr(self.client, "connection_pool", None)
-        if pool is not None:
-            pool.disconnect(inuse_connections=False)
 
     def _prepare(self, *, reads: bool) -> None:
         """What comes before the first call, and before the first that writes."""
@@ -369,7 +353,7 @@ class SyncDriver:
         if self.server:
             return
         try:
-            self._send("GET", layout_key(self.options.prefix))
+            self._by_client.ask(("GET", layout_key(self.options.prefix)))
         except FAILURES as error:
             cause = out_of_reach(error)
             if cause:
@@ -386,6 +370,7 @@ class SyncDriver:
                 named()
 
     def close(self) -> None:
+        self._wire.close()
         for client in (self.client, *_watchers_of(self.client)):
             client.close()
 
@@ -393,10 +378,19 @@ class SyncDriver:
 class AsyncDriver:
     """Runs flows against a redis.asyncio client."""
 
-    def __init__(self, client: Any, options: StoreOptions, clock: Clock | None = None, *, plain: bool = False) -> None:
+    def __init__(
+        self,
+        client: Any,
+        options: StoreOptions,
+        clock: Clock | None = None,
+        *,
+        wire: AsyncWire | None = None,
+        plain: bool = False,
+    ) -> None:
         self.client = client
         self.options = options
         self._calls = _Calls(options, clock, plain=plain)
+        self._wire = wire or AsyncClientWire(client)
         self._one_server = hasattr(client, "pipeline") and not hasattr(client, "get_node_from_key")
         self.server: EmbeddedServer | None = None
         self._layout_checked = False
@@ -465,11 +459,13 @@ class AsyncDriver:
         while True:
             try:
                 try:
-                    answer = await self.client.execute_command(*self._calls.words(batch), NEVER_DECODE=True)
+                    answer = await self._wire.ask(self._calls.words(batch))
                 except NoScriptError:
-                    words = self._calls.words(batch, by_text=True)
-                    answer = await self.client.execute_command(*words, NEVER_DECODE=True)
+                    answer = await self._wire.ask(self._calls.words(batch, by_text=True))
                 return self._calls.replies(batch.script, len(batch.operations), answer)
+            except StoreUnavailable:
+                await self._wire.drop()
+                raise
             except FAILURES as error:
                 deadline_ms = self.options.deadline_ms if deadline_s is None else deadline_s * 1000
                 attempts = attempts or Attempts(batch.script, deadline_ms, began_s)
@@ -486,13 +482,15 @@ class AsyncDriver:
             return [error] * len(batches)
         pipeline = Pipeline(self._calls, batches, deadline_s)
         while words := pipeline.words():
-            wait_s = pipeline.take(await self._send_all(words))
+            wait_s = pipeline.take(await self._wire.ask_all(words))
             if not wait_s:
                 continue
             try:
                 await self._wait(pipeline.attempts, wait_s)
             except MeterError as error:
                 pipeline.give_up(error)
+        if any(isinstance(outcome, StoreUnavailable) for outcome in pipeline.outcomes):
+            await self._wire.drop()
         return pipeline.outcomes
 
     async def _outcome(self, batch: Batch, deadline_s: float) -> list[Reply] | MeterError:
@@ -500,16 +498,6 @@ class AsyncDriver:
             return await self.call(batch, deadline_s)
         except MeterError as error:
             return error
-
-    async def _send_all(self, words: Sequence[Sequence[Value]]) -> list[Any]:
-        pipe = self.client.pipeline(transaction=False)
-        for one in words:
-            pipe.execute_command(*one, NEVER_DECODE=True)
-        try:
-            answers: list[Any] = await pipe.execute(raise_on_error=False)
-        except FAILURES as error:
-            return [error] * len(words)
-        return answers
 
     async def _retrying(self, name: str, *words: Value) -> Any:
         attempts = Attempts(name, self.options.deadline_ms)
@@ -579,6 +567,7 @@ class AsyncDriver:
                 await named()
 
     async def aclose(self) -> None:
+        await self._wire.aclose()
         for client in (self.client, *_watchers_of(self.client)):
             await client.aclose()
 

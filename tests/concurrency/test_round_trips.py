@@ -15,6 +15,7 @@ from meterlib import AsyncMeter, Limit, Meter, Policy, QuotaExceeded, StoreOptio
 from meterlib.core.operations import Cancel, Find, Reserve, packed
 from meterlib.errors import EmbeddedError, MeterError, StoreCorrupt, StoreRefused, StoreUnavailable
 from meterlib.store.commands import Batch
+from meterlib.store.connect import driver_for_url
 from meterlib.store.drivers import AsyncDriver, SyncDriver, _Calls
 from meterlib.store.keys import layout_key, shard_keys
 from meterlib.store.pipelines import Pipeline
@@ -27,9 +28,17 @@ Outcomes = list[Any]
 Together = Callable[[Sequence[Batch]], Outcomes]
 
 
+def client_driver(url: str) -> SyncDriver:
+    return SyncDriver(redis.Redis.from_url(url, protocol=2), OPTIONS)
+
+
+def async_client_driver(url: str) -> AsyncDriver:
+    return AsyncDriver(redis.asyncio.Redis.from_url(url, protocol=2), OPTIONS)
+
+
 @contextmanager
-def sync_driver(url: str) -> Iterator[Together]:
-    driver = SyncDriver(redis.Redis.from_url(url, protocol=2), OPTIONS)
+def sync_driver(url: str, make: Callable[[str], SyncDriver] = client_driver) -> Iterator[Together]:
+    driver = make(url)
     try:
         yield lambda batches: driver.calls(batches, 3.0)
     finally:
@@ -37,17 +46,24 @@ def sync_driver(url: str) -> Iterator[Together]:
 
 
 @contextmanager
-def async_driver(url: str) -> Iterator[Together]:
+def async_driver(url: str, make: Callable[[str], AsyncDriver] = async_client_driver) -> Iterator[Together]:
     with asyncio.Runner() as runner:
-        client = redis.asyncio.Redis.from_url(url, protocol=2)
-        driver = AsyncDriver(client, OPTIONS)
+        driver = make(url)
         try:
             yield lambda batches: runner.run(driver.calls(batches, 3.0))
         finally:
             runner.run(driver.aclose())
 
 
-@pytest.fixture(params=[sync_driver, async_driver], ids=["sync", "async"])
+def sync_direct(url: str) -> Any:
+    return sync_driver(url, lambda url: driver_for_url(url, OPTIONS, None, "sync"))
+
+
+def async_direct(url: str) -> Any:
+    return async_driver(url, lambda url: driver_for_url(url, OPTIONS, None, "async"))
+
+
+@pytest.fixture(params=[sync_driver, async_driver, sync_direct, async_direct])
 def driver(request: pytest.FixtureRequest) -> Any:
     return request.param
 
@@ -180,7 +196,7 @@ def test_what_an_embedded_server_did_before_it_was_gone_is_told(kind: str, monke
     async def answers_awaited(words: Any) -> list[Any]:
         return answers(words)
 
-    monkeypatch.setattr(driver, "_send_all", answers if kind == "sync" else answers_awaited)
+    monkeypatch.setattr(driver._wire, "ask_all", answers if kind == "sync" else answers_awaited)
     batches = [cancelling("1", 1), cancelling("2", 2)]
 
     outcomes = driver.calls(batches, 3.0)
