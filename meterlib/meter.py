@@ -29,6 +29,7 @@ from meterlib.waiting import AsyncQueues, SyncQueues
 
 T = TypeVar("T")
 LEDGER_PAGE = 1000
+NO_USAGE = Usage()
 
 
 class _Meter:
@@ -361,7 +362,7 @@ class Meter(_Meter):
             ReservationEnded: the id was settled or cancelled, or has expired.
         """
         check_count(max_wait_ms, "max_wait_ms", LEASE_MS_MAX, least=0)
-        attributes, usage = _own(_given(attributes, {})), _given(usage, Usage())
+        attributes, usage = _own(_given(attributes, {})), _given(usage, NO_USAGE)
 
         def attempt() -> Reservation:
             flow = flows.reserve(self._context, tenant, attributes, usage, reservation_id, lease_ms, funding)
@@ -670,7 +671,7 @@ class AsyncMeter(_Meter):
     ) -> AsyncReservation:
         """Hold an estimate on every limit that the call touches, or on none; see `Meter.reserve`."""
         check_count(max_wait_ms, "max_wait_ms", LEASE_MS_MAX, least=0)
-        attributes, usage = _own(_given(attributes, {})), _given(usage, Usage())
+        attributes, usage = _own(_given(attributes, {})), _given(usage, NO_USAGE)
         taken_id = flows.new_id() if reservation_id is None else reservation_id
 
         async def attempt() -> AsyncReservation:

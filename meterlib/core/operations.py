@@ -36,15 +36,20 @@ def unpacked(answer: bytes) -> Reply:
         ValueError: the bytes are no answer.
     """
     form, _, rest = answer.partition(b"\0")
+    if form == b"sd*":  # as most are
+        status, _, rest = rest.partition(b"\0")
+        return [status, *map(int, _doubles(len(rest) // 8)(rest))]
     values: Reply = []
     for texts, numbers in _runs(form):
-        *found, rest = rest.split(b"\0", texts)
+        found = rest.split(b"\0", texts)
+        rest = found.pop()
         count = len(rest) // 8 if numbers < 0 else numbers
         if len(found) < texts or len(rest) < 8 * count:
             raise ValueError(f"{answer!r:.80} is no answer")
         values += found
-        values += map(int, _doubles(count)(rest))
-        rest = rest[8 * count :]
+        if count:
+            values += map(int, _doubles(count)(rest))
+            rest = rest[8 * count :]
     return values
 
 
@@ -129,9 +134,11 @@ class Settle(NamedTuple):
     limits: tuple[LimitArguments, ...]
 
     def packed(self) -> bytes:
-        units = [packed(unit) for unit in self.used]
-        limits = [limit.packed() for limit in self.limits]
-        return b"".join([packed((*self[:-2], len(units), len(limits))), *units, *limits])
+        field, digest, outcome, call_facts, if_unknown, used, limits = self
+        texts = [field.encode(), digest.encode(), outcome, call_facts, if_unknown.encode(), b""]
+        units = [unit.encode() + b"\0" + _double(amount) for unit, amount in used]
+        head = b"\0".join(texts) + _two_doubles(len(used), len(limits))
+        return b"".join([head, *units, *[limit.packed() for limit in limits]])
 
 
 class Record(NamedTuple):

@@ -310,7 +310,18 @@ PRESETS: Mapping[str, Policy] = {
 class BoundLimit:
     """A limit as it stands for one tenant and one set of attributes: its window and all that never changes of it."""
 
-    __slots__ = ("_period", "_rest", "limit", "name", "quota", "sub_window_ms", "unit", "window_field", "window_ms")
+    __slots__ = (
+        "_made",
+        "_period",
+        "_rest",
+        "limit",
+        "name",
+        "quota",
+        "sub_window_ms",
+        "unit",
+        "window_field",
+        "window_ms",
+    )
 
     def __init__(self, limit: Limit, quota: int, window_field: str) -> None:
         self.limit = limit
@@ -323,12 +334,17 @@ class BoundLimit:
         self._period = period_at(limit.period, limit.tz, 0) if limit.period else None
         oversize = "reject" if limit.oversize == "reject" else "admit"
         self._rest = (quota, oversize, self.window_ms, self.sub_window_ms)
+        self._made: LimitArguments | None = None
 
     def arguments(self, amount: int, now_ms: int) -> LimitArguments:
         """What a script needs to know of this limit to take `amount` at about `now_ms`."""
         period = self._period
         if period is None:
-            return LimitArguments._make((self.window_field, self.unit, amount, *self._rest, 0, 0, "keep"))
+            made = self._made
+            if made is None or made.amount != amount:  # mostly it is one request again
+                made = LimitArguments._make((self.window_field, self.unit, amount, *self._rest, 0, 0, "keep"))
+                self._made = made
+            return made
         limit = self.limit
         if not period.start_ms <= now_ms < period.end_ms:
             period = self._period = period_at(limit.period, limit.tz, now_ms)  # type: ignore[arg-type]

@@ -191,5 +191,5 @@ def amount_of(usage: Usage, unit: str) -> int | None:
 
 def amounts_of(usage: Usage, units: Sequence[str]) -> tuple[tuple[str, int], ...]:
     """The known amounts of a usage in the given units."""
-    known = ((unit, amount_of(usage, unit)) for unit in units)
-    return tuple((unit, amount) for unit, amount in known if amount is not None)
+    known = [(unit, amount_of(usage, unit)) for unit in units]
+    return tuple([(unit, amount) for unit, amount in known if amount is not None])

@@ -63,17 +63,27 @@ class Lane(Generic[W]):
 
     def add(self, waiting: Waiting[W]) -> None:
         """It waits behind its tenant's others."""
-        self._tenants.setdefault(_tenant_of(waiting.call.operation), deque()).append(waiting)
+        tenant = _tenant_of(waiting.call.operation)
+        queue = self._tenants.get(tenant)
+        if queue is None:
+            queue = self._tenants[tenant] = deque()
+        queue.append(waiting)
         self.waiting += 1
 
     def take(self) -> list[Waiting[W]]:
         """The next ones, at most TOGETHER_MAX: one of each tenant in turn."""
         taken: list[Waiting[W]] = []
-        while self._tenants and len(taken) < TOGETHER_MAX:
-            tenant, queue = self._tenants.popitem(last=False)
-            taken.append(queue.popleft())
+        tenants, room = self._tenants, TOGETHER_MAX
+        while tenants and room:
+            tenant, queue = tenants.popitem(last=False)
+            if tenants:
+                taken.append(queue.popleft())
+                room -= 1
+            else:  # nobody else waits: all turns are this one's
+                taken += [queue.popleft() for _ in range(min(room, len(queue)))]
+                room = TOGETHER_MAX - len(taken)
             if queue:
-                self._tenants[tenant] = queue
+                tenants[tenant] = queue
         self.waiting -= len(taken)
         return taken
 
@@ -146,9 +156,9 @@ class Lanes(Generic[W]):
         lane.add(waiting)
         self.waiting += 1
 
-    def left_s(self, waiting: Waiting[W]) -> float:
-        """How much time an operation has left."""
-        return waiting.since_s + self.deadline_s - time.monotonic()
+    def left_s(self, since_s: float) -> float:
+        """How much time who waits since then has left."""
+        return since_s + self.deadline_s - time.monotonic()
 
     def _lane(self, call: Call) -> Lane[W]:
         key = self._lane_of(call)
@@ -183,9 +193,9 @@ def batches_of(due: Sequence[Waiting[W]]) -> list[tuple[Batch, list[Waiting[W]]]
 
 
 def _tenant_of(operation: Any) -> str:
-    """The tenant's name as it stands in the operation's field, so that tenants can take turns."""
-    field = str(getattr(operation, "field", ""))
-    return field.split("/", 2)[1] if field.startswith("r/") else ""
+    """What the fields of the tenant's reservations begin with, so that tenants can take turns."""
+    field: str = getattr(operation, "field", "")
+    return field[: field.rfind("/")]
 
 
 # ── For asyncio ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -258,10 +268,11 @@ class AsyncBatching:
 
     async def _send(self, trip: RoundTrip[_Future]) -> None:
         due = []
+        too_late_s = time.monotonic() - self._lanes.deadline_s
         for waiting in trip.due:
             if waiting.caller.done():
                 continue
-            if self._lanes.left_s(waiting) <= 0:
+            if waiting.since_s <= too_late_s:
                 waiting.caller.set_exception(trip.lane.waited_in_vain(waiting.call))
             else:
                 due.append(waiting)
@@ -270,14 +281,14 @@ class AsyncBatching:
 
     async def _call(self, lane: Lane[_Future], due: Sequence[Waiting[_Future]]) -> None:
         batches = batches_of(due)
-        left_s = min([self._lanes.left_s(waiting) for waiting in due])
+        oldest_s = min([waiting.since_s for waiting in due])
         try:
-            outcomes = await self._driver.calls([batch for batch, _ in batches], left_s)
+            outcomes = await self._driver.calls([batch for batch, _ in batches], self._lanes.left_s(oldest_s))
         except Exception as error:
             for waiting in due:
                 _fail(waiting, StoreUnavailable(waiting.call.script, f"{type(error).__name__}: {error}"))
             return
-        timed_out = min([self._lanes.left_s(waiting) for waiting in due]) <= LONGEST_WAIT_S
+        timed_out = self._lanes.left_s(oldest_s) <= LONGEST_WAIT_S
         for (_, part), outcome in zip(batches, outcomes, strict=True):
             await self._take(lane, part, outcome, timed_out)
 
@@ -305,7 +316,7 @@ class AsyncBatching:
     ) -> None:
         """The time of a round trip was that of its oldest operation: if it ran out, the younger ones have some left."""
         for waiting in part:
-            if timed_out and not waiting.caller.done() and self._lanes.left_s(waiting) > LONGEST_WAIT_S:
+            if timed_out and not waiting.caller.done() and self._lanes.left_s(waiting.since_s) > LONGEST_WAIT_S:
                 self._lanes.put_back(lane, waiting)
             else:
                 _fail(waiting, error)
@@ -435,7 +446,7 @@ class SyncBatching:
     def _send(self, trip: RoundTrip[_Parked]) -> None:
         due = []
         for waiting in trip.due:
-            if self._lanes.left_s(waiting) <= 0:
+            if self._lanes.left_s(waiting.since_s) <= 0:
                 waiting.caller.end(trip.lane.waited_in_vain(waiting.call))
             else:
                 due.append(waiting)
@@ -452,8 +463,10 @@ class SyncBatching:
 
     def _call(self, lane: Lane[_Parked], due: Sequence[Waiting[_Parked]]) -> None:
         batches = batches_of(due)
-        oldest_s = min([self._lanes.left_s(waiting) for waiting in due])
-        left_s = max(oldest_s, self._lanes.deadline_s / 2)  # who came late shall not fail for who came first
+        oldest_s = min([waiting.since_s for waiting in due])
+        left_s = max(
+            self._lanes.left_s(oldest_s), self._lanes.deadline_s / 2
+        )  # who came late shall not fail for who came first
         try:
             outcomes = self._driver.calls([batch for batch, _ in batches], left_s)
         except Exception as error:

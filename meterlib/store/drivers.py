@@ -402,9 +402,15 @@ class AsyncDriver:
         """Run a flow to its result; failures are thrown into it."""
         try:
             command = next(flow)
+            loop = asyncio.get_running_loop()
+            if self._loop is not loop:
+                self._settle_in(loop)
             while True:
                 try:
-                    answer = await self.execute(command)
+                    if type(command) is Call:
+                        answer = await self._batching.run(command)
+                    else:
+                        answer = await self.execute(command)
                 except MeterError as error:
                     command = flow.throw(error)
                 else:
@@ -413,14 +419,12 @@ class AsyncDriver:
             result: T = done.value
             return result
 
+    def _settle_in(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._loop is not None:
+            raise UsageError("this meter belongs to another event loop: make one meter for each")
+        self._loop = loop
+
     async def execute(self, command: Command) -> Any:
-        loop = asyncio.get_running_loop()
-        if self._loop is not loop:
-            if self._loop is not None:
-                raise UsageError("this meter belongs to another event loop: make one meter for each")
-            self._loop = loop
-        if isinstance(command, Call):
-            return await self._batching.run(command)
         if isinstance(command, ReadLedger):
             return entries_of(await self._retrying("ledger", *self._calls.ledger_page(command)))
         if isinstance(command, TrimLedger):

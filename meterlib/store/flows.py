@@ -768,7 +768,7 @@ def _own_difference(difference: Mapping[str, object]) -> dict[str, object]:
 
 
 def _stale(context: Context, reply: Reply) -> bool:
-    if _status(reply) != "stale_period":
+    if reply[0] not in (b"stale_period", "stale_period"):
         return False
     context.learn(int(reply[1]))
     return True

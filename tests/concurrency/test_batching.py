@@ -266,7 +266,7 @@ def test_who_came_late_is_not_failed_for_who_came_first(shard: int) -> None:
         under_way = asyncio.create_task(batching.run(a_call("a", 0)))
         old, young = [asyncio.create_task(batching.run(a_call("a", *which))) for which in ((1,), (2, shard))]
         await asyncio.sleep(0)
-        queue = batching._lanes._lanes[None]._tenants["a"]
+        queue = batching._lanes._lanes[None]._tenants["r/a"]
         queue[0] = queue[0]._replace(since_s=queue[0].since_s - 4.9)
         driver.fails_at_deadline = 1 + shard
         driver.free.set()
