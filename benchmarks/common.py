@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -28,6 +30,16 @@ def parser_of(name: str, doc: str | None, seconds: str = "", servers: bool = Tru
         kinds = "valkey (the bundled one), redis (redis-server), or the URL of an empty server, which is emptied again"
         parser.add_argument("--server", default="valkey", help=kinds)
     return parser
+
+
+def on_core(server: Any, core: int | None) -> None:
+    """Keep a server of this machine on one core, from now on; Linux only."""
+    if core is None:
+        return
+    try:
+        os.sched_setaffinity(int(server.info("server")["process_id"]), {core})
+    except (AttributeError, OSError) as error:
+        raise SystemExit(f"--server-core {core}: {error}") from None
 
 
 @contextmanager

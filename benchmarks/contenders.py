@@ -26,6 +26,7 @@ from meterlib.store.commands import Batch, Call
 from meterlib.store.drivers import StoreOptions, SyncDriver
 from meterlib.store.flows import Context, reserve
 from meterlib.store.keys import layout, shard_of
+from meterlib.store.wires import AsyncDirectWire, DirectWire
 from meterlib.testing import Clock
 
 ATTRIBUTES = {"provider": "anthropic", "model": "claude-sonnet-4-5"}
@@ -37,6 +38,9 @@ MANY = f", {TENANTS:,} tenants"
 
 POOL = 64
 NO_OP = "return {}"
+BY_WIRE = "EVALSHA no-op, meterlib's wire"
+"""The same on redis-py's connections, without its client: what there is to be had without any limiter."""
+
 NO_OP_KEYS = tuple(f"noop:{{0}}:{name}" for name in "abcde")
 
 
@@ -83,6 +87,12 @@ def fill_window(client: Any, prefix: str, tenant: str, requests: int, clock: Clo
         if len(operations) == max(1, min(100, requests // 600)) or made == requests:
             driver.call(Batch("reserve", shard, None, operations))
             operations = []
+
+
+def _pool_of(kind: Any, url: str) -> Any:
+    """Makes connections like those of a meter."""
+    timeout_s = StoreOptions().timeout_ms / 1000
+    return kind.from_url(url, protocol=2, socket_timeout=timeout_s, socket_connect_timeout=timeout_s)
 
 
 class Lineup:
@@ -135,6 +145,10 @@ class Lineup:
         self._add("PING", "bare", 0, client.ping, commands=("ping",))
         send = client.execute_command
         self._add("EVALSHA no-op", "bare", 0, lambda: send("EVALSHA", sha, len(NO_OP_KEYS), *NO_OP_KEYS) == [])
+        wire = DirectWire(_pool_of(redis.BlockingConnectionPool, self.url))
+        self._closing.append(wire.close)
+        no_op = ("EVALSHA", sha, len(NO_OP_KEYS), *NO_OP_KEYS)
+        self._add(BY_WIRE, "bare", 0, lambda: wire.ask(no_op) == [])
         words = self._reserve_words()
         self._add("EVALSHA no-op, reserve's arguments", "bare", 0, lambda: send("EVALSHA", sha, *words) == [])
         self._sync_meterlib()
@@ -257,6 +271,13 @@ class Lineup:
 
         self._add("PING", "bare", tasks, client.ping, commands=("ping",), notes=notes)
         self._add("EVALSHA no-op", "bare", tasks, no_op, notes=notes)
+        wire = AsyncDirectWire(_pool_of(redis.asyncio.BlockingConnectionPool, self.url), StoreOptions().timeout_ms)
+        self._closing.append(wire.aclose)
+
+        async def no_op_by_wire() -> bool:
+            return bool(await wire.ask(("EVALSHA", sha, len(NO_OP_KEYS), *NO_OP_KEYS)) == [])
+
+        self._add(BY_WIRE, "bare", tasks, no_op_by_wire)
 
     def _async_meterlib(self, tasks: int) -> None:
         self.runner.run(check_async("meterlib", self._meterlib_async))

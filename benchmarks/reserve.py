@@ -22,7 +22,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import WIDTH, parser_of, server_of
+from benchmarks.common import WIDTH, on_core, parser_of, server_of
 from benchmarks.contenders import MANY, Lineup
 from benchmarks.measure import Contender, Slice, over_rounds, ratio, run_rounds
 from benchmarks.memory import (
@@ -56,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and return 0."""
     parser = parser_of("reserve", __doc__, seconds="how long to time calls altogether (60; 8 with --quick)")
     parser.add_argument("--json", action="store_true", help="print all numbers as one JSON object")
+    parser.add_argument("--server-core", type=int, metavar="N", help="keep the server on this core (Linux)")
     options = parser.parse_args(arguments)
     seconds = options.seconds or (8 if options.quick else 60)
     rounds = 3 if options.quick else 11
@@ -65,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if server.dbsize():
             print("the server must be empty: it is emptied between turns", file=sys.stderr)
             return 2
+        on_core(server, options.server_core)
         report = measure(server, url, seconds, rounds, fills, console)
         server.flushdb()
     if options.json:
