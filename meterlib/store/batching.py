@@ -357,6 +357,9 @@ class _Parked:
         self.outcome: Reply | MeterError | None = None
         self.gone = False
 
+    def waits(self) -> bool:
+        return not self.gone and self.outcome is None
+
     def end(self, outcome: Reply | MeterError) -> None:
         self.outcome = outcome
         self.wake.set()
@@ -401,22 +404,24 @@ class SyncBatching:
             self._landed(alone)
 
     def _reply_to(self, parked: _Parked, call: Call) -> Reply:
-        try:
-            # A little more than a call may take: whoever sends this operation has told the outcome by then.
-            woken = parked.wake.wait(self._deadline_ms / 1000 + 1)
-        except BaseException:
-            self._leave(parked)
-            raise
-        if not woken:
-            self._leave(parked)
-            raise StoreUnavailable(call.script, "those before it never came back")
-        if parked.trip:
-            self._send(parked.trip)
-        outcome = parked.outcome
-        if isinstance(outcome, MeterError):
-            raise outcome
-        assert outcome is not None
-        return outcome
+        # A little more than a call may take: whoever sends this operation has told the outcome by then.
+        until_s = time.monotonic() + self._deadline_ms / 1000 + 1
+        while parked.outcome is None:
+            try:
+                woken = parked.wake.wait(max(0.0, until_s - time.monotonic()))
+            except BaseException:
+                self._leave(parked)
+                raise
+            if not woken:
+                self._leave(parked)
+                raise StoreUnavailable(call.script, "those before it never came back")
+            parked.wake.clear()
+            trip, parked.trip = parked.trip, None
+            if trip:
+                self._send(trip)
+        if isinstance(parked.outcome, MeterError):
+            raise parked.outcome
+        return parked.outcome
 
     def _leave(self, parked: _Parked) -> None:
         """It waits no more; what it was to send, another sends."""
@@ -431,11 +436,11 @@ class SyncBatching:
         self._hand_over(following)
 
     def _hand_over(self, trip: RoundTrip[_Parked] | None) -> None:
-        """One of the threads that wait for these operations sends them; those interrupted meanwhile do not."""
+        """One of the threads that wait for these operations sends them; those that have gone meanwhile do not."""
         if trip is None:
             return
         with self._lock:
-            there = [waiting for waiting in trip.due if not waiting.caller.gone]
+            there = [waiting for waiting in trip.due if waiting.caller.waits()]
             if there:
                 sender = there[0].caller
                 sender.trip = trip._replace(due=there)
@@ -464,19 +469,19 @@ class SyncBatching:
     def _call(self, lane: Lane[_Parked], due: Sequence[Waiting[_Parked]]) -> None:
         batches = batches_of(due)
         oldest_s = min([waiting.since_s for waiting in due])
-        left_s = max(
-            self._lanes.left_s(oldest_s), self._lanes.deadline_s / 2
-        )  # who came late shall not fail for who came first
         try:
-            outcomes = self._driver.calls([batch for batch, _ in batches], left_s)
+            outcomes = self._driver.calls([batch for batch, _ in batches], self._lanes.left_s(oldest_s))
         except Exception as error:
             for waiting in due:
                 waiting.caller.end(StoreUnavailable(waiting.call.script, f"{type(error).__name__}: {error}"))
             return
+        timed_out = self._lanes.left_s(oldest_s) <= LONGEST_WAIT_S
         for (_, part), outcome in zip(batches, outcomes, strict=True):
-            self._take(lane, part, outcome)
+            self._take(lane, part, outcome, timed_out)
 
-    def _take(self, lane: Lane[_Parked], part: Sequence[Waiting[_Parked]], outcome: list[Reply] | MeterError) -> None:
+    def _take(
+        self, lane: Lane[_Parked], part: Sequence[Waiting[_Parked]], outcome: list[Reply] | MeterError, timed_out: bool
+    ) -> None:
         lane.failing = isinstance(outcome, StoreUnavailable)
         if isinstance(outcome, list):
             for waiting, reply in zip(part, outcome, strict=True):
@@ -485,5 +490,10 @@ class SyncBatching:
             for waiting in part:  # see AsyncBatching
                 self._call(lane, [waiting])
         else:
+            again = timed_out and isinstance(outcome, StoreUnavailable)
             for waiting in part:
-                waiting.caller.end(copy(outcome))
+                if again and self._lanes.left_s(waiting.since_s) > LONGEST_WAIT_S:
+                    with self._lock:
+                        self._lanes.put_back(lane, waiting)
+                else:
+                    waiting.caller.end(copy(outcome))

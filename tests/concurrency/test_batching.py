@@ -369,6 +369,8 @@ class SlowSyncDriver:
         self.free = threading.Event()
         self.broken: set[str] = set()
         self.interrupted: set[str] = set()
+        self.fails_at_deadline = 0
+        self.deadlines_s: list[float] = []
 
     def lane_of(self, call: Call) -> Hashable:
         return call.shard
@@ -376,6 +378,10 @@ class SlowSyncDriver:
     def call(self, batch: Batch, deadline_s: float | None = None) -> list[Reply]:
         self.sent.append(fields_of(batch))
         self.free.wait(30)
+        if deadline_s is not None and self.fails_at_deadline:
+            self.fails_at_deadline -= 1
+            self.deadlines_s.append(deadline_s)
+            raise StoreUnavailable(batch.script, "made up by a test")
         if self.interrupted >= set(fields_of(batch)):
             raise KeyboardInterrupt
         if self.broken & set(fields_of(batch)):
@@ -427,6 +433,32 @@ def test_a_thread_that_is_interrupted_while_it_sends_for_others_tells_them() -> 
     assert {KeyboardInterrupt, StoreCorrupt, StoreUnavailable, type(None)} >= {type(error) for error in errors}
     assert 0 == batching._lanes.waiting
     assert ["r/z/1"] == batching.run(a_call("z", 1))
+
+
+@pytest.mark.parametrize("aged", [0, 1])
+def test_a_thread_that_came_late_is_not_failed_for_who_came_first(aged: int) -> None:
+    """Nor does anybody's call take longer than its own time: a round trip's is that of its oldest operation."""
+    driver = SlowSyncDriver()
+    batching = SyncBatching(driver, 5000)
+    with ThreadPoolExecutor(3) as pool:
+        under_way = pool.submit(batching.run, a_call("a", 0))
+        while not driver.sent:
+            threading.Event().wait(0.001)
+        others = []
+        for number in (1, 2):
+            others.append(pool.submit(batching.run, a_call("a", number)))
+            while batching._lanes.waiting < number:
+                threading.Event().wait(0.001)
+        (queue,) = batching._lanes._lanes[0]._tenants.values()
+        queue[aged] = queue[aged]._replace(since_s=queue[aged].since_s - 4.9)
+        driver.fails_at_deadline = 1
+        driver.free.set()
+
+        assert ["r/a/0"] == under_way.result(30)
+        assert isinstance(others[aged].exception(30), StoreUnavailable)
+        assert [f"r/a/{2 - aged}"] == others[1 - aged].result(30)
+        assert max(driver.deadlines_s) <= 0.2
+    assert 0 == batching._lanes.waiting
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
