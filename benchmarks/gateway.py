@@ -65,7 +65,8 @@ class PassThrough:
         headers, _ = for_upstream(exchange.headers, ("x-api-key", "sk-benchmark"), None)
         answer = await self._upstream.send(exchange.method, exchange.path, exchange.query, headers, body)
         try:
-            await exchange.start(answer.status, for_client(answer.headers, keep_limits=True))
+            headers = for_client(answer.headers, keep_limits=True)
+            await exchange.start(answer.status, headers, more=answer.has_begun)
             async for chunk in answer.chunks():
                 await exchange.write(chunk)
             await exchange.finish()

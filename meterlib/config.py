@@ -6,6 +6,7 @@ import os
 import re
 import tomllib
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote, urlsplit
@@ -24,6 +25,7 @@ from meterlib.store.embedded import parse_embedded_url
 FILE_NAME = "meterlib.toml"
 FILE_BYTES_MAX = 1 << 20
 DEFAULT_URL = "embedded://./meterlib-data"
+GATEWAY_JOURNAL = "meterlib-settlements.journal"
 
 SWEEP_INTERVAL_MS_MAX = 3_600_000
 
@@ -90,6 +92,18 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 raise PolicyError(f"limit[{at}].name", problem)
         tenants = [Tenant(name=told.name, quotas=told.quotas, funding=told.funding) for told in self.tenant]
         return Policy(limits=(*self._preset_limits, *own.limits), tenants=tenants)
+
+    @property
+    def gateway_folder(self) -> Path:
+        """Where the gateway has its files that no setting names: the embedded store's folder, or that it runs in."""
+        url = self.store.url
+        return Path(parse_embedded_url(url)) if url.startswith("embedded://") else Path()
+
+    @property
+    def journal(self) -> str | None:
+        """Where settlements may wait on this machine: the file that is named, or else the gateway's, if it is there."""
+        usual = self.gateway_folder / GATEWAY_JOURNAL
+        return self.store.journal or (str(usual) if usual.exists() else None)
 
     @property
     def _preset_limits(self) -> Sequence[Limit]:
@@ -233,8 +247,16 @@ _NATIVE: dict[type[inspect.Type], type] = {
     inspect.VarTupleType: list,
     inspect.DictType: dict,
     inspect.StructType: dict,
+    inspect.DateTimeType: datetime,
 }
-_WORDS: dict[type, str] = {str: "text", int: "a whole number", bool: "true or false", list: "a list", dict: "a table"}
+_WORDS: dict[type, str] = {
+    str: "text",
+    int: "a whole number",
+    bool: "true or false",
+    list: "a list",
+    dict: "a table",
+    datetime: "a time such as 2027-01-31T00:00:00Z",
+}
 
 
 def _fits(value: object, wanted: inspect.Type) -> bool:

@@ -115,6 +115,10 @@ class _Meter:
             quotas[bound.unit] = min(bound.quota, quotas.get(bound.unit, bound.quota))
         return quotas
 
+    def funding_of(self, tenant: str) -> Funding:
+        """Who pays the provider for a tenant's calls, as the policy says; asks no store."""
+        return self._context.compiled.funding_of(tenant)
+
     @property
     def shards(self) -> int:
         """How many ledgers the store has."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -28,14 +29,31 @@ _OWN_ATTRIBUTES = ("provider", "model", "key")
 
 SEGMENT_ENTRIES_MAX = 1_000_000
 
-CLAUDE_CODE_ATTRIBUTES = {"session": "x-claude-code-session-id", "agent": "x-claude-code-agent-id"}
+CLAUDE_CODE_ATTRIBUTES = {
+    "session": "x-claude-code-session-id",
+    "agent": "x-claude-code-agent-id",
+    "parent_agent": "x-claude-code-parent-agent-id",
+}
+
+
+class TokenSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A token of a tenant's callers, in `tokens`; one that never expires may be just its hash there.
+
+    Attributes:
+        hash: of the token, as `meterlib token new` prints it.
+        expires: from when on it is refused, such as `2027-01-31T00:00:00Z`; never by default.
+    """
+
+    hash: str
+    expires: datetime | None = None
 
 
 class TenantSettings(Tenant, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """A table `[[tenant]]`: a customer's limits, and who calls on its behalf.
 
     Attributes:
-        tokens: hashes of the tokens that its callers show, as `meterlib token new` prints them.
+        tokens: hashes of the tokens that its callers show, as `meterlib token new` prints them, or tables of a hash
+            and when it expires.
         upstream_key_env: the environment variable with the provider's key for its calls; by default the gateway's.
         models: names or patterns with `*` of the models it may use; by default those of the gateway.
         discount: off the list price of its hosted calls, such as `"10%"`; by default that of `[billing]`.
@@ -43,7 +61,7 @@ class TenantSettings(Tenant, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         platform_fee: on the list price of calls with its own key; by default that of `[billing]`.
     """
 
-    tokens: Sequence[str] = ()
+    tokens: Sequence[str | TokenSettings] = ()
     upstream_key_env: str | None = None
     models: Sequence[str] = ()
     discount: str | None = None
@@ -161,7 +179,8 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     Attributes:
         listen: `host:port` to listen at.
         base_path: what all paths begin with, such as `/v3/ai/anthropic`.
-        upstream: the provider's base URL. Calls go nowhere else, whatever they say.
+        upstream: the provider's base URL. Calls go nowhere else, whatever they say. Its certificate is checked against
+            the system's authorities, or those that the environment variable SSL_CERT_FILE names.
         upstream_key_env: the environment variable with the provider's key for hosted tenants.
         provider: the value of the attribute `provider`.
         callers: `known`: only tenants' tokens are let in. `anyone`: other credentials are taken for the caller's own
@@ -171,8 +190,8 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         key_file: where the key is kept that those names are derived with; made on first use. By default it is in the
             embedded store's folder, or else `meterlib-gateway.key` in the folder that the gateway runs in. Gateways
             that share a store need the same one, or else a caller has another name at each.
-        attributes: further attributes of calls, each with the header that tells it; Claude Code's session and agent by
-            default.
+        attributes: further attributes of calls, each with the header that tells it; by default Claude Code's `session`,
+            `agent`, and the `parent_agent` of an agent that another one has begun.
         models: names or patterns with `*` of the models that may be used; all by default.
         betas: the values of `anthropic-beta` that are passed on, the others being dropped; all by default. A body that
             uses what was dropped is refused by the provider: callers of Claude Code then need
@@ -193,6 +212,8 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         write_timeout_ms: how long a client may take to read nothing of what waits for it.
         ping_after_ms: after which silence of the provider a stream is kept alive by a ping; 0 for never.
         connections_max: how many clients may be connected at once.
+        connections_per_address_max: how many of them from one address (of IPv6, from one network of 64 bits), so that
+            nobody takes all places. Behind a proxy of yours, which all clients come from, let it be `connections_max`.
         upstream_connect_timeout_ms: within which time the provider has to be reached.
         upstream_idle_timeout_ms: how long the provider may be silent.
         upstream_timeout_ms: how long a call may take altogether.
@@ -222,6 +243,7 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     write_timeout_ms: int = 60_000
     ping_after_ms: int = 15_000
     connections_max: int = 10_000
+    connections_per_address_max: int = 2_500
     upstream_connect_timeout_ms: int = 5_000
     upstream_idle_timeout_ms: int = 600_000
     upstream_timeout_ms: int = 3_600_000
@@ -275,10 +297,16 @@ _BOUNDS: Mapping[str, tuple[int, int]] = {
     "write_timeout_ms": (1, _DAY_MS),
     "ping_after_ms": (0, _DAY_MS),
     "connections_max": (1, 1_000_000),
+    "connections_per_address_max": (1, 1_000_000),
     "upstream_connect_timeout_ms": (1, _DAY_MS),
     "upstream_idle_timeout_ms": (1, _DAY_MS),
     "upstream_timeout_ms": (1, _DAY_MS),
 }
+
+
+def tokens_of(tenant: TenantSettings) -> list[TokenSettings]:
+    """The tokens of a tenant's callers, those that are just hashes too."""
+    return [token if isinstance(token, TokenSettings) else TokenSettings(hash=token) for token in tenant.tokens]
 
 
 def check_tenants(tenants: Sequence[TenantSettings]) -> None:
@@ -290,13 +318,11 @@ def check_tenants(tenants: Sequence[TenantSettings]) -> None:
     owners: dict[str, int] = {}
     for at, tenant in enumerate(tenants):
         path = f"tenant[{at}]"
-        for position, token in enumerate(tenant.tokens):
-            if not TOKEN_HASH.fullmatch(token):
-                problem = "is no hash of a token: sha256: and 64 hexadecimal digits, as `meterlib token new` prints it"
-                raise PolicyError(f"{path}.tokens[{position}]", problem)
-            if token in owners:
-                raise PolicyError(f"{path}.tokens[{position}]", f"is a token of tenant[{owners[token]}] already")
-            owners[token] = at
+        for position, token in enumerate(tokens_of(tenant)):
+            _check_token(token, f"{path}.tokens[{position}]")
+            if token.hash in owners:
+                raise PolicyError(f"{path}.tokens[{position}]", f"is a token of tenant[{owners[token.hash]}] already")
+            owners[token.hash] = at
         for name in _TERMS:
             if getattr(tenant, name) is not None:
                 _check_percent(getattr(tenant, name), f"{path}.{name}", name)
@@ -306,6 +332,15 @@ def check_tenants(tenants: Sequence[TenantSettings]) -> None:
         elif tenant.funding == "own" and tenant.tokens:
             problem = "is missing: a tenant with tokens and funding = 'own' needs its own provider key"
             raise PolicyError(f"{path}.upstream_key_env", problem)
+
+
+def _check_token(token: TokenSettings, path: str) -> None:
+    if not isinstance(token.hash, str) or not TOKEN_HASH.fullmatch(token.hash):
+        problem = "is no hash of a token: sha256: and 64 hexadecimal digits, as `meterlib token new` prints it"
+        raise PolicyError(path, problem)
+    if token.expires is not None and not (isinstance(token.expires, datetime) and token.expires.tzinfo):
+        problem = "a time with its offset from UTC is needed, such as 2027-01-31T00:00:00Z"
+        raise PolicyError(f"{path}.expires", problem)
 
 
 def _check_listen(listen: str) -> None:

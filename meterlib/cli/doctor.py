@@ -7,12 +7,13 @@ import json
 import os
 import sys
 import textwrap
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 
 import msgspec
 
-from meterlib.cli import doctor_limits, doctor_server
+from meterlib.cli import doctor_limits, doctor_server, doctor_tokens
 from meterlib.cli.doctor_findings import Finding, failure, ok, warning
 from meterlib.cli.exits import FAILURE, OK
 from meterlib.cli.options import add_config, add_json
@@ -29,7 +30,7 @@ HELP = """\
 Examine a store from end to end, and say what to do about whatever is not as it
 should be: the server's kind and version, eviction policy, memory, what a crash
 could lose, the clocks, the layout, the ledger of each shard, reservations that
-nobody swept, and settlements that wait in the journal.
+nobody swept, settlements that wait in the journal, and tokens that expire soon.
 
 Each configured limit is proven able to deny: on the real server, under a prefix of
 its own that is deleted afterwards, its quota is filled, and one more must be denied.
@@ -72,6 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _findings(store: Store, file: str | None) -> Iterator[Finding]:
     yield _configuration(store.config, file)
+    yield from doctor_tokens.examine(store.config, time.time())
     try:
         store.reach()
         store.head(0)
@@ -121,18 +123,19 @@ def _place(url: str) -> Finding:
 
 
 def _journal(config: Config) -> Iterator[Finding]:
-    if config.store.journal is None:
+    journal = config.journal
+    if journal is None:
         return
     try:
-        waiting = len(Journal(config.store.journal).waiting())
+        waiting = len(Journal(journal).waiting())
     except (OSError, msgspec.MsgspecError) as error:
-        yield failure("journal", f"{config.store.journal} cannot be read: {error}", "see who else writes to this file")
+        yield failure("journal", f"{journal} cannot be read: {error}", "see who else writes to this file")
         return
     if waiting:
-        found = f"{waiting} settlements wait in {config.store.journal}; they are not in the ledger yet"
+        found = f"{waiting} settlements wait in {journal}; they are not in the ledger yet"
         yield warning("journal", found, "a running meter with this journal replays them; is there one?")
     else:
-        yield ok("journal", f"nothing waits in {config.store.journal}")
+        yield ok("journal", f"nothing waits in {journal}")
 
 
 # ── Each shard ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -84,10 +84,21 @@ async def _serve(arguments: argparse.Namespace) -> None:
         print(f"  export ANTHROPIC_BASE_URL={server.url}", file=sys.stderr, flush=True)
         reloading = _Reloading(arguments, file, (seen, book), config, server.gateway)
         watching = asyncio.create_task(reloading.watch(changed))
+        looking = asyncio.create_task(_look_at_store(server.gateway, config))
         await stopping.wait()
         watching.cancel()
+        looking.cancel()
         if server.gateway.open_calls:
             print(f"finishing {server.gateway.open_calls} open calls; again to stop at once", file=sys.stderr)
+
+
+async def _look_at_store(gateway: Gateway, config: Config) -> None:
+    """Say so at once if calls could not be decided about, and not only when the first one comes."""
+    try:
+        await gateway.meter.head(0)
+    except MeterError as error:
+        meanwhile = "are refused" if config.store.when_down == "deny" else "pass unmetered"
+        log.warning("store.unreachable", error=str(error), meanwhile=f"calls {meanwhile}", setting="store.url")
 
 
 def _config(arguments: argparse.Namespace) -> Config:

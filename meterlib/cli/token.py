@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
 
 from meterlib.cli.exits import OK
-from meterlib.cli.options import add_json
+from meterlib.cli.options import add_json, moment_ms
+from meterlib.core.policy import duration_ms
 from meterlib.errors import InvalidInput
 
 HELP = """\
@@ -16,6 +20,7 @@ it to whoever calls, and put its hash into meterlib.toml.
 ---
 examples:
   meterlib token new                       a token, and the line for [[tenant]]
+  meterlib token new --expires 90d         one that is refused from then on
   meterlib token hash < token.txt          the hash of a token that there is already
 
 A caller shows it as x-api-key, or as Authorization: Bearer or Token:
@@ -25,10 +30,16 @@ A caller shows it as x-api-key, or as Authorization: Bearer or Token:
 exit codes: 0 ok; 1 standard output failed; 2 wrong usage
 """
 
+_MS_MAX = 253_402_300_799_000
+"""The last second of the year 9999; settings can name none behind it."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the command takes."""
     parser.add_argument("action", choices=("new", "hash"), help="make one, or hash the one on standard input")
+    parser.add_argument(
+        "--expires", metavar="WHEN", help="from when on it is refused: 90d, or a date or time in ISO 8601 (UTC)"
+    )
     add_json(parser)
 
 
@@ -40,11 +51,42 @@ def run(arguments: argparse.Namespace) -> int:
     if not token or not token.isascii() or not token.isprintable():
         raise InvalidInput("token", "one line of printable ASCII is needed on standard input")
     told = {"token": token, "hash": hash_of(token)} if arguments.action == "new" else {"hash": hash_of(token)}
+    if arguments.expires is not None:
+        told["expires"] = _expiry(arguments.expires, time.time_ns() // 1_000_000)
     if arguments.json:
         print(json.dumps(told))
     elif arguments.action == "new":
         print(f"token  {token}\n\nIts callers show it; it is not shown again. In meterlib.toml:\n")
-        print(f'[[tenant]]\nname = "…"\ntokens = ["{told["hash"]}"]')
+        print(f'[[tenant]]\nname = "…"\ntokens = [{_in_settings(told)}]')
     else:
-        print(told["hash"])
+        print(_in_settings(told) if "expires" in told else told["hash"])
     return OK
+
+
+def _expiry(when: str, now_ms: int) -> str:
+    """The moment that is meant, as settings have it; in whole seconds.
+
+    Raises:
+        InvalidInput: it is none, or over already.
+    """
+    try:
+        ms = now_ms + duration_ms(when)
+    except ValueError:
+        ms = _moment_ms(when)
+    if not now_ms < ms <= _MS_MAX:
+        raise InvalidInput("--expires", f"{when!r:.40} is not ahead, or too far; a time from now such as 90d is needed")
+    return datetime.fromtimestamp(-(-ms // 1000), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _moment_ms(when: str) -> int:
+    try:
+        return moment_ms(when, "UTC", "--expires")
+    except InvalidInput as error:
+        raise InvalidInput("--expires", f"{str(error).partition(': ')[2]}; or a time from now: 90d, 12h") from None
+
+
+def _in_settings(told: Mapping[str, str]) -> str:
+    """One of `tokens`, as TOML."""
+    if "expires" not in told:
+        return f'"{told["hash"]}"'
+    return f'{{ hash = "{told["hash"]}", expires = {told["expires"]} }}'

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
 
 from msgspec.structs import replace
 
@@ -17,6 +16,7 @@ from meterlib.core.usage import Usage
 from meterlib.core.usd import COST
 from meterlib.errors import MeterError, PolicyError, QuotaExceeded, StoreError
 from meterlib.gateway.answers import Refusal, denied, store_down, unpriced
+from meterlib.gateway.background import Background
 from meterlib.gateway.denials import Denials
 from meterlib.gateway.estimate import Estimator
 from meterlib.gateway.headers import of_limits
@@ -27,28 +27,6 @@ from meterlib.meter import AsyncMeter
 from meterlib.store.telling import Log
 
 log = Log("meterlib.gateway")
-
-
-class Background:
-    """What need not be waited for, but must not be lost either."""
-
-    def __init__(self) -> None:
-        self._tasks: set[asyncio.Task[object]] = set()
-
-    def spawn(self, step: Coroutine[Any, Any, object]) -> asyncio.Task[object]:
-        """Run it some time soon; whoever waits for it may be interrupted, and it is not."""
-        task = asyncio.ensure_future(step)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
-    async def idle(self) -> None:
-        """Wait until nothing is left."""
-        while self._tasks:
-            await asyncio.wait(self._tasks)
-
-    def __len__(self) -> int:
-        return len(self._tasks)
 
 
 class Admission:
@@ -112,14 +90,12 @@ class Admission:
             log.error("call.not_decided", tenant=tenant, error=str(error))
             self._background.spawn(self._cancel(tenant, reservation_id))
             raise store_down(self._budget_of(attributes)) from None
-        return Metering(reservation, self._estimator, estimate, prompt, self._background.spawn, cost)
+        return Metering(reservation, self._estimator, estimate, prompt, self._background, cost)
 
     def _cost(self, tenant: str, attributes: Mapping[str, str], prompt: Prompt, funding: Funding | None) -> Cost:
         if self.spending is None:  # the policy was set by somebody who did not say so here
             raise PolicyError("limit", f"the gateway was made without prices, and a limit counts {COST}")
-        if funding is None:
-            told = [known.funding for known in self.meter.policy.tenants if known.name == tenant]
-            funding = told[0] if told else "hosted"
+        funding = funding or self.meter.funding_of(tenant)
         return self.spending.of_call(tenant, funding, attributes, prompt.max_tokens, prompt.speed)
 
     def _with_cost(

@@ -14,8 +14,9 @@ from msgspec.structs import replace
 from meterlib.core.checks import ATTRIBUTE_BYTES_MAX
 from meterlib.core.policy import Policy
 from meterlib.errors import MeterError, PolicyError, QuotaExceeded, StoreError
-from meterlib.gateway.admission import Admission, Background, check_spending
+from meterlib.gateway.admission import Admission, check_spending
 from meterlib.gateway.answers import Refusal, filtered_models
+from meterlib.gateway.background import Background
 from meterlib.gateway.call import Call, Outgoing
 from meterlib.gateway.callers import Caller, Callers
 from meterlib.gateway.estimate import CacheAwareEstimator, Estimator
@@ -31,6 +32,7 @@ from meterlib.gateway.reading import (
     check_head,
     check_model,
     check_route,
+    facts_of,
     model_in,
     outgoing,
     prompt_in,
@@ -49,6 +51,7 @@ NEEDS_RESTART = (
     "upstream_idle_timeout_ms",
     "upstream_timeout_ms",
     "connections_max",
+    "connections_per_address_max",
     "keepalive_ms",
 )
 """Settings that are looked at when the gateway starts, and not again."""
@@ -166,6 +169,7 @@ class Gateway:
             funding=caller.funding,
             lease_ms=self.settings.lease_ms,
         )
+        metering.facts |= facts_of(caller, prompt)
         metering.facts["request_id"] = exchange.request_id
         if dropped:
             metering.facts["betas_dropped"] = ",".join(dropped)[:ATTRIBUTE_BYTES_MAX]
@@ -189,7 +193,7 @@ class Gateway:
             drains=on_disconnect == "drain",
             keeps_limits=not hosted and self.settings.ratelimit_headers == "upstream",
             keeps_account=not hosted,
-            spawn=self._background.spawn,
+            background=self._background,
             now_s=self._now_s,
         )
         task = asyncio.current_task()

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 from meterlib.core.checks import check_attributes
 from meterlib.core.policy import Funding
 from meterlib.errors import InvalidInput
-from meterlib.gateway.admission import Admission, Background
+from meterlib.gateway.admission import Admission
 from meterlib.gateway.answers import Refusal, new_request_id
 from meterlib.gateway.app import TEND_S, Gateway
+from meterlib.gateway.background import Background
 from meterlib.gateway.denials import FLUSH_S
 from meterlib.gateway.estimate import CacheAwareEstimator, Estimator
 from meterlib.gateway.exchange import BodyLate, BodyTooLarge, ClientGone
@@ -126,7 +127,7 @@ class _Exchange:
             self._watching = asyncio.ensure_future(self._watch())
         return body
 
-    async def start(self, status: int, headers: Headers) -> None:
+    async def start(self, status: int, headers: Headers, *, more: bool = False) -> None:
         self.started = True
         if value_of(headers, "request-id") is None:
             headers = [*headers, ("request-id", self.request_id)]
@@ -249,12 +250,15 @@ class MeteringMiddleware:
         await asyncio.wait([self._background.spawn(metering.settle(end))])
 
     def _book_denials(self) -> None:
-        """Some time within the next minute or so, if that is not on its way already."""
+        """Once a minute from now on, until all are booked, if that is not on its way already."""
 
         async def book() -> None:
-            await asyncio.sleep(FLUSH_S)
-            self._booking_denials = None
-            await self._admission.denials.flush()
+            try:
+                while self._admission.denials.pending:
+                    await asyncio.sleep(FLUSH_S)
+                    await self._admission.denials.flush()
+            finally:
+                self._booking_denials = None
 
         if self._booking_denials is None:
             self._booking_denials = asyncio.create_task(book(), name="meterlib-denials")

@@ -8,20 +8,18 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from meterlib.config import Config
+from meterlib.config import GATEWAY_JOURNAL, Config
 from meterlib.core.usage import FORMULAS
 from meterlib.core.usd import COST
 from meterlib.gateway.app import Gateway
 from meterlib.gateway.callers import Callers, anyone_may_call, read_or_make_key
 from meterlib.gateway.estimate import Estimator
 from meterlib.gateway.spending import Spending
-from meterlib.store.embedded import parse_embedded_url
 from meterlib.store.telling import Log
 
 log = Log("meterlib.gateway")
 
 KEY_FILE = "meterlib-gateway.key"
-JOURNAL = "meterlib-settlements.journal"
 
 
 def gateway_for(
@@ -39,7 +37,9 @@ def gateway_for(
         if limit.unit != COST and limit.unit not in FORMULAS:
             log.warning("limit.counts_nothing", limit=limit.name, unit=limit.unit, known=[*FORMULAS, COST])
     callers = callers_for(config, environment)
-    journal = config.store.journal or str(_folder(config) / JOURNAL)
+    if config.gateway.callers == "known" and not any(tenant.tokens for tenant in config.tenant):
+        log.warning("callers.none", setting="gateway.callers", advice="'known' lets only tokens of [[tenant]] in")
+    journal = config.store.journal or str(config.gateway_folder / GATEWAY_JOURNAL)
     meter = replace(config, store=replace(config.store, journal=journal)).connect_async()
     return Gateway(config.gateway, callers, meter, closes_meter=True, estimator=estimator, spending=spending)
 
@@ -69,14 +69,8 @@ def callers_for(config: Config, environment: Mapping[str, str] = os.environ) -> 
     key = b""
     if anyone_may_call(config.gateway, config.tenant):
         named = config.gateway.key_file
-        file = Path(named) if named else _folder(config) / KEY_FILE
+        file = Path(named) if named else config.gateway_folder / KEY_FILE
         if not file.exists() and not config.store.url.startswith(("embedded:", "memory:")):
             log.info("gateway.key_made", file=str(file), needed="by other gateways of this store, too")
         key = read_or_make_key(file)
     return Callers(config.gateway, config.tenant, environment, key)
-
-
-def _folder(config: Config) -> Path:
-    """Where files go that no setting names."""
-    url = config.store.url
-    return Path(parse_embedded_url(url)) if url.startswith("embedded://") else Path()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from meterlib.gateway.answers import Refusal
+from meterlib.gateway.background import Background
 from meterlib.gateway.exchange import ClientGone, Exchange
 from meterlib.gateway.headers import Headers, for_client, value_of, without
-from meterlib.gateway.metering import End, Metering, Spawn
+from meterlib.gateway.metering import End, Metering
 from meterlib.gateway.upstream import Answer, NoAnswer, NotSent, Upstream
 from meterlib.settings import GatewaySettings
 from meterlib.store.telling import Log
@@ -47,7 +49,7 @@ class Call:
         drains: whether an answer is read to its end when the client has left.
         keeps_limits: whether the client sees what the provider says of its limits.
         keeps_account: whether the client sees whose account at the provider it is.
-        spawn: runs what need not be waited for.
+        background: does what need not be waited for.
         now_s: a clock that never goes back, in seconds.
     """
 
@@ -62,7 +64,7 @@ class Call:
         drains: bool = False,
         keeps_limits: bool = True,
         keeps_account: bool = True,
-        spawn: Spawn,
+        background: Background,
         now_s: Callable[[], float],
     ) -> None:
         self._exchange = exchange
@@ -73,10 +75,11 @@ class Call:
         self._drains = drains
         self._keeps_limits = keeps_limits
         self._keeps_account = keeps_account
-        self._spawn = spawn
+        self._background = background
         self._now_s = now_s
         self._task = asyncio.current_task()
         self._stopped: End | None = None
+        self._sent = False
         self._booking: asyncio.Task[object] | None = None
         self._pinging: asyncio.Task[object] | None = None
         self._started_s = self._renewed_s = self._heard_s = now_s()
@@ -120,7 +123,7 @@ class Call:
             raise Refusal(502, "api_error", "the provider gave no answer") from None
         except Exception:
             # A fault of ours, or a server's way to say that it cannot send: what was used until then is booked.
-            await self._settle("cut")
+            await self._resolve("cut")
             raise
         await self._settle(end)
         if end in ("complete", "refused", "error_event"):
@@ -129,7 +132,7 @@ class Call:
             self._exchange.close()
 
     async def _converse(self, upstream: Upstream) -> End:
-        answer = await upstream.send(*self._request)
+        answer = await upstream.send(*self._request, sending=self._sending)
         try:
             if self._metering:
                 self._metering.answered(answer.status, answer.headers)
@@ -140,49 +143,58 @@ class Call:
         finally:
             answer.close()
 
+    def _sending(self) -> None:
+        self._sent = True
+
     async def _end_early(self) -> None:
         """Stopped by `stop`, or by a server that ends its tasks, at any point: also when all is settled already."""
         end = self._stopped or ("client_gone" if self._exchange.gone else "shutdown")
         self._exchange.close()
-        await self._settle(end)
+        await self._resolve(end)
         if self._stopped is None or self._task is None or self._task.uncancel():
             raise asyncio.CancelledError  # somebody else wants this task to end
+
+    async def _resolve(self, end: End) -> None:
+        """However far it got: of what was never sent, nothing is booked."""
+        await (self._settle(end) if self._sent else self._cancel())
 
     async def _settle(self, end: End) -> None:
         if self._metering and self._booking is None:
             if self._client_left:
                 self._metering.facts["client"] = "gone"
-            self._booking = self._spawn(self._metering.settle(end))
+            self._booking = self._background.spawn(self._metering.settle(end))
         await self._booked()
 
     async def _cancel(self) -> None:
-        if self._metering:
-            self._booking = self._spawn(self._metering.cancel())
+        if self._metering and self._booking is None:
+            self._booking = self._background.spawn(self._metering.cancel())
         await self._booked()
 
     async def _booked(self) -> None:
         """Wait for the store, but not for long. It is a task of its own, so nothing that happens here interrupts it."""
         if self._booking:
-            await asyncio.wait([self._booking], timeout=BOOKING_WAIT_S)
+            await self._background.wait_briefly(self._booking, BOOKING_WAIT_S)
 
     # ── The answer ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _relay(self, answer: Answer) -> End:
         """Pass the answer on; every piece goes to the client first."""
-        await self._to_client(self._exchange.start, answer.status, self._headers_of(answer))
+        metering, write = self._metering, self._exchange.write
+        start = partial(self._exchange.start, more=answer.has_begun)
+        await self._to_client(start, answer.status, self._headers_of(answer))
         try:
             async for chunk in answer.chunks():
-                await self._to_client(self._exchange.write, chunk)
-                if self._metering:
-                    self._metering.take(chunk)
+                await self._to_client(write, chunk)
+                if metering:
+                    metering.take(chunk)
                 self._heard_s = self._now_s()
                 if self._give_up_s is not None and self._heard_s >= self._give_up_s:
                     return "client_gone"
         except NoAnswer:
             return self._end_of(answer, broken=True)
-        if self._metering and self._metering.lacks_only_its_stop:
+        if metering and metering.lacks_only_its_stop:
             # The client has all there is. Broken off, it would ask for all of it again, and pay for it twice.
-            await self._to_client(self._exchange.write, self._metering.add_stop())
+            await self._to_client(write, metering.add_stop())
         return self._end_of(answer, broken=False)
 
     def _end_of(self, answer: Answer, *, broken: bool) -> End:
@@ -211,12 +223,10 @@ class Call:
 
     async def _to_client(self, step: Callable[..., Awaitable[None]], *parts: Any) -> None:
         """Send something after what is just being sent, and nothing any more once the client has left."""
-        if self._pinging:
+        if self._pinging and self._pinging is not asyncio.current_task():
             await asyncio.wait([self._pinging])
-        if not self._client_left:
-            await self._send(step, *parts)
-
-    async def _send(self, step: Callable[..., Awaitable[None]], *parts: Any) -> None:
+        if self._client_left:
+            return
         self._writing_s = self._now_s()
         try:
             await step(*parts)
@@ -241,7 +251,7 @@ class Call:
             metering.tend()
         if metering and now_s - self._renewed_s >= settings.lease_ms / 2000:
             self._renewed_s = now_s
-            self._spawn(metering.renew(settings.lease_ms))
+            self._background.spawn(metering.renew(settings.lease_ms))
         silent_s = now_s - max(self._heard_s, self._started_s)
         if metering and settings.ping_after_ms and silent_s >= settings.ping_after_ms / 1000:
             self._ping(metering)
@@ -261,10 +271,10 @@ class Call:
         fits = self._exchange.started and metering.between_events and not over
         if fits and self._writing_s is None and not self._client_left and not self._pinging:
             self._heard_s = self._now_s()
-            self._pinging = self._spawn(self._send_ping())
+            self._pinging = self._background.spawn(self._send_ping())
 
     async def _send_ping(self) -> None:
         try:
-            await self._send(self._exchange.write, PING)
+            await self._to_client(self._exchange.write, PING)
         finally:
             self._pinging = None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hmac
+import math
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,7 +18,10 @@ from meterlib.errors import PolicyError
 from meterlib.gateway.answers import Refusal
 from meterlib.gateway.headers import Headers, values_of
 from meterlib.gateway.tokens import TOKEN_PREFIX, hash_of
-from meterlib.settings import GatewaySettings, TenantSettings, check_tenants
+from meterlib.settings import GatewaySettings, TenantSettings, check_tenants, tokens_of
+from meterlib.store.telling import Log
+
+log = Log("meterlib.gateway")
 
 CREDENTIAL_BYTES_MAX = 4096
 KEY_FILE_BYTES_MAX = 1024
@@ -43,18 +48,27 @@ class Caller:
         key: a short name of the credential that was shown, which tells nothing of it.
         models: patterns of the models it may use; all, if there are none.
         credential: the header for the provider: its name and its value.
+        digest_key: what digests of its prompts are made with, so that nobody can tell a prompt by trying; derived from
+            what was shown, it is the same in all gateways. Empty until something was shown.
     """
 
-    __slots__ = ("credential", "funding", "key", "models", "tenant")
+    __slots__ = ("credential", "digest_key", "funding", "key", "models", "tenant")
 
     def __init__(
-        self, tenant: str, funding: Funding, key: str, models: Sequence[str], credential: tuple[str, Secret]
+        self,
+        tenant: str,
+        funding: Funding,
+        key: str,
+        models: Sequence[str],
+        credential: tuple[str, Secret],
+        digest_key: bytes = b"",
     ) -> None:
         self.tenant = tenant
         self.funding = funding
         self.key = key
         self.models = models
         self.credential = credential
+        self.digest_key = digest_key
 
     def may_use(self, model: str) -> bool:
         """Whether it may use a model."""
@@ -64,7 +78,15 @@ class Caller:
         return f"<Caller {self.tenant!r} {self.funding}>"
 
 
-_NOBODY: tuple[str, Caller | None] = ("sha256:" + "0" * 64, None)
+class _Token(NamedTuple):
+    """A token that is known: its hash, whose it is, and until when, in seconds since 1970 UTC."""
+
+    hash: str
+    caller: Caller
+    expires_s: float
+
+
+_NOBODY = "sha256:" + "0" * 64
 
 
 class _Shown(NamedTuple):
@@ -86,6 +108,7 @@ class Callers:
         tenants: the tenants, with the hashes of their tokens.
         environment: where the provider's keys are looked up.
         derivation_key: the secret that names of unknown callers are derived with.
+        wall_s: the time of day, in seconds since 1970 UTC; tokens expire by it.
 
     Raises:
         PolicyError: a tenant's settings make no sense, or the key it needs is not in the environment.
@@ -97,38 +120,48 @@ class Callers:
         tenants: Sequence[TenantSettings],
         environment: Mapping[str, str],
         derivation_key: bytes,
+        wall_s: Callable[[], float] = time.time,
     ) -> None:
         check_tenants(tenants)
         self._settings = settings
         self._derivation_key = derivation_key
-        self._known: dict[str, tuple[str, Caller]] = {}
+        self._wall_s = wall_s
+        self._known: dict[str, _Token] = {}
         for at, tenant in enumerate(tenants):
-            for token in tenant.tokens:
+            for token in tokens_of(tenant):
                 key = _upstream_key(settings, tenant, at, environment)
                 models = tenant.models or settings.models
-                caller = Caller(tenant.name, tenant.funding, token[7:15], models, ("x-api-key", Secret(key)))
-                self._known[token[:_LOOKED_UP]] = (token, caller)
+                caller = Caller(tenant.name, tenant.funding, token.hash[7:15], models, ("x-api-key", Secret(key)))
+                expires_s = token.expires.timestamp() if token.expires else math.inf
+                self._known[token.hash[:_LOOKED_UP]] = _Token(token.hash, caller, expires_s)
         self.anyone = anyone_may_call(settings, tenants)
 
     def caller_of(self, headers: Headers) -> Caller:
         """Who shows these credentials: `x-api-key` counts before `Authorization`, and a tenant's token before others.
 
         Raises:
-            Refusal: 401; always the same, whatever is wrong.
+            Refusal: 401; always the same, whatever is wrong, but for who has shown a token that has expired.
         """
         shown = _shown(headers)
+        expired = None
         for credential in shown:
-            caller = self._of_token(credential.secret)
-            if caller:
-                return caller
+            token = self._of_token(credential.secret)
+            if token and token.expires_s > self._wall_s():
+                token.caller.digest_key = token.caller.digest_key or _digest_key(credential.secret)
+                return token.caller
+            expired = expired or token
+        if expired:
+            log.info("token.expired", tenant=expired.caller.tenant, key=expired.caller.key)
+            raise Refusal(401, "authentication_error", "this token has expired; another one is needed")
         if self.anyone and shown and not shown[0].secret.startswith(TOKEN_PREFIX):
             return self._of_own_key(shown[0])
         raise Refusal(401, "authentication_error", "invalid x-api-key or Authorization header")
 
-    def _of_token(self, secret: str) -> Caller | None:
+    def _of_token(self, secret: str) -> _Token | None:
         digest = hash_of(secret)
-        stored, caller = self._known.get(digest[:_LOOKED_UP], _NOBODY)
-        return caller if hmac.compare_digest(stored, digest) else None
+        found = self._known.get(digest[:_LOOKED_UP])
+        same = hmac.compare_digest(found.hash if found else _NOBODY, digest)
+        return found if same else None
 
     def _of_own_key(self, shown: _Shown) -> Caller:
         secret = shown.secret.encode("utf-8", "surrogateescape")
@@ -137,7 +170,11 @@ class Callers:
         credential = ("x-api-key", shown.secret)
         if shown.scheme == "bearer":
             credential = ("authorization", Secret(f"Bearer {shown.secret}"))
-        return Caller(tenant, "own", name[:8], self._settings.models, credential)
+        return Caller(tenant, "own", name[:8], self._settings.models, credential, _digest_key(shown.secret))
+
+
+def _digest_key(secret: str) -> bytes:
+    return hmac.digest(secret.encode("utf-8", "surrogateescape"), b"meterlib prompt", "sha256")
 
 
 def anyone_may_call(settings: GatewaySettings, tenants: Sequence[TenantSettings]) -> bool:

@@ -57,6 +57,7 @@ class Denials:
         self._now_s = now_s
         self._counts: Counter[tuple[str, str, str]] = Counter()
         self._waiting: list[_Booking] = []
+        self._flushing = asyncio.Lock()
         self._flushed_s = now_s()
 
     def count(self, tenant: str, provider: str, limit: str) -> None:
@@ -66,16 +67,28 @@ class Denials:
             self._counts[key] += 1
 
     @property
+    def pending(self) -> bool:
+        """Whether there are any to be booked."""
+        return bool(self._counts or self._waiting)
+
+    @property
     def due(self) -> bool:
         """Whether it is time to book them."""
         waited = self._now_s() - self._flushed_s >= FLUSH_S
-        return len(self._counts) >= TALLIES_MAX or (waited and bool(self._counts or self._waiting))
+        return len(self._counts) >= TALLIES_MAX or (waited and self.pending)
 
     async def flush(self) -> None:
-        """Book them; what the store does not take now waits for the next time."""
+        """Book them; what the store does not take now waits for the next time.
+
+        When it returns, all that was counted before has been tried, by whichever flush; one that is given up half-way
+        leaves the rest, and what it may have booked, to the next.
+        """
         self._flushed_s = self._now_s()
-        bookings, self._waiting = self._waiting + self._bookings(), []
-        await asyncio.gather(*[self._book(booking) for booking in bookings])
+        async with self._flushing:
+            self._waiting += self._bookings()
+            waiting = self._waiting
+            done = await asyncio.gather(*[self._book(at, booking) for at, booking in enumerate(waiting)])
+            self._waiting = [booking for booking, is_done in zip(waiting, done, strict=True) if not is_done]
 
     def _bookings(self) -> list[_Booking]:
         counts, self._counts = self._counts, Counter()
@@ -85,13 +98,14 @@ class Denials:
             made.setdefault((tenant, provider), new).counts[unit] = count
         return list(made.values())
 
-    async def _book(self, booking: _Booking) -> None:
+    async def _book(self, at: int, booking: _Booking) -> bool:
+        """Whether it is done with, booked or given up: what the store does not take waits, but only so many of it."""
         attributes = {"provider": booking.provider} if booking.provider else {}
         usage = Usage(requests=0, amounts=booking.counts)
         try:
             await self._meter.record(booking.tenant, attributes, usage, record_id=booking.id, facts={"end": END})
         except MeterError as error:
-            kept = isinstance(error, StoreError) and len(self._waiting) < TALLIES_MAX
-            if kept:
-                self._waiting.append(booking)
+            kept = isinstance(error, StoreError) and at < TALLIES_MAX
             log.warning("denials.not_booked", tenant=booking.tenant, kept=kept, error=str(error), **booking.counts)
+            return not kept
+        return True

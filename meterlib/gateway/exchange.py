@@ -49,8 +49,11 @@ class Exchange(Protocol):
             BodyTooLarge, BodyLate, ClientGone.
         """
 
-    async def start(self, status: int, headers: Headers) -> None:
-        """Send the head of the answer, with `request_id` if the headers name none. Raises ClientGone."""
+    async def start(self, status: int, headers: Headers, *, more: bool = False) -> None:
+        """Send the head of the answer, with `request_id` if the headers name none. Raises ClientGone.
+
+        With `more`, a piece is written right behind it, which it may go along with.
+        """
 
     async def write(self, data: bytes) -> None:
         """Send a piece of the answer, as soon as the client takes it. Raises ClientGone."""

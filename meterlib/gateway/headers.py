@@ -6,7 +6,7 @@ Headers are pairs of a lower-case name and a value, in the order in which they c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 
@@ -48,7 +48,10 @@ def values_of(headers: Headers, name: str) -> list[str]:
 
 def value_of(headers: Headers, name: str) -> str | None:
     """The value of a header, the first if there are several; None if there is none."""
-    return next((value for header, value in headers if header == name), None)
+    for header, value in headers:
+        if header == name:
+            return value
+    return None
 
 
 def for_upstream(
@@ -59,7 +62,8 @@ def for_upstream(
     Only what means something to the provider passes; credentials are replaced, and the answer is asked for as it is,
     not compressed.
     """
-    passed = _passing(headers, _REQUEST, _REQUEST_PREFIXES)
+    hops = _hops(headers)
+    passed = [(name, value) for name, value in headers if _goes_on(name) and name not in hops and _is_plain(value)]
     dropped: list[str] = []
     if betas is not None:
         passed, dropped = _with_betas(passed, betas)
@@ -75,12 +79,23 @@ def for_client(
 
     What the provider says of its limits, and of the account that it bills, only goes to those whose they are.
     """
-    kept_back = (() if keep_limits else _LIMITS) + (() if keep_account else _ACCOUNT)
+    headers = list(headers)
+    hops = _hops(headers)
     return [
         (name, value)
-        for name, value in _passing(list(headers), _ANSWER, _ANSWER_PREFIXES)
-        if not name.startswith(kept_back) and (name != "request-id" or _is_id(value))
+        for name, value in headers
+        if _goes_back(name, keep_limits, keep_account)
+        and name not in hops
+        and _is_plain(value)
+        # If it cannot be noted in the ledger, the client is told another, so that both have the same.
+        and (name != "request-id" or is_fact("request_id", value))
     ]
+
+
+@lru_cache(maxsize=256)
+def _goes_back(name: str, keep_limits: bool, keep_account: bool) -> bool:
+    kept_back = (() if keep_limits else _LIMITS) + (() if keep_account else _ACCOUNT)
+    return (name in _ANSWER or name.startswith(_ANSWER_PREFIXES)) and not name.startswith(kept_back)
 
 
 def without(headers: Headers, *names: str) -> list[tuple[str, str]]:
@@ -88,27 +103,31 @@ def without(headers: Headers, *names: str) -> list[tuple[str, str]]:
     return [(name, value) for name, value in headers if name not in names]
 
 
-def _passing(headers: Headers, names: set[str], prefixes: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Those that pass by their name, that `connection` does not keep to this connection, and that hold plain text."""
-    hops = {word.strip().lower() for value in values_of(headers, "connection") for word in value.split(",")}
-    return [
-        (name, value)
-        for name, value in headers
-        if (name in names or name.startswith(prefixes)) and name not in hops and _is_plain(value)
-    ]
+@lru_cache(maxsize=256)
+def _goes_on(name: str) -> bool:
+    return name in _REQUEST or name.startswith(_REQUEST_PREFIXES)
 
 
-def _is_id(value: str) -> bool:
-    """Whether it can be noted in the ledger; if not, the client is told another, so that both have the same."""
+def _hops(headers: Headers) -> Collection[str]:
+    """What `connection` keeps to this connection."""
+    told = value_of(headers, "connection")
+    if told is None:
+        return ()
+    return {word.strip().lower() for value in values_of(headers, "connection") for word in value.split(",")}
+
+
+@lru_cache(maxsize=64)
+def is_fact(name: str, value: str) -> bool:
+    """Whether something that was told can be noted in the ledger; asked twice in each call, of the same value."""
     try:
-        check_attributes({"request_id": value})
+        check_attributes({name: value})
     except InvalidInput:
         return False
     return True
 
 
 def _is_plain(value: str) -> bool:
-    return value.isascii() and value.replace("\t", " ").isprintable()
+    return value.isascii() and (value.isprintable() or value.replace("\t", " ").isprintable())
 
 
 def _with_betas(headers: Headers, allowed: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
-from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import suppress
-from typing import Any, Literal
+from collections.abc import Awaitable
+from typing import Literal
 
 from msgspec.structs import replace
 
-from meterlib.core.checks import ATTRIBUTE_BYTES_MAX, check_attributes
+from meterlib.core.checks import ATTRIBUTE_BYTES_MAX
 from meterlib.core.ledger import Quality, counts_of
 from meterlib.core.usage import Usage, amount_of
-from meterlib.errors import InvalidInput, MeterError, StoreError
+from meterlib.errors import MeterError, StoreError
+from meterlib.gateway.background import Background, Later
 from meterlib.gateway.encodings import Decoder, Unreadable, decoder_for
 from meterlib.gateway.estimate import Estimate, Estimator
-from meterlib.gateway.headers import Headers, value_of
+from meterlib.gateway.headers import Headers, is_fact, value_of
 from meterlib.gateway.prompt import Prompt
 from meterlib.gateway.spending import Cost
 from meterlib.gateway.sse import UsageMessage, UsageStream
 from meterlib.meter import AsyncReservation
 from meterlib.store.telling import Log
-
-Spawn = Callable[[Coroutine[Any, Any, object]], asyncio.Task[object]]
-"""Runs a coroutine, whoever waits for it."""
 
 ANSWER_BYTES_MAX = 1 << 30
 """An answer that decompresses to more is no answer; its usage stays as it was known until then."""
@@ -59,7 +55,7 @@ class Metering:
         estimator: learns from what the call turns out to have used.
         estimate: its own, of this call.
         prompt: what was asked for.
-        spawn: runs what need not be waited for.
+        background: does what need not be waited for.
         cost: what it costs, if any limit counts that.
     """
 
@@ -69,7 +65,7 @@ class Metering:
         estimator: Estimator,
         estimate: Estimate,
         prompt: Prompt,
-        spawn: Spawn,
+        background: Background,
         cost: Cost | None = None,
     ) -> None:
         self.reservation = reservation
@@ -78,13 +74,13 @@ class Metering:
         self._estimate = estimate
         self._model = prompt.model
         self._output_max = prompt.max_tokens
-        self._spawn = spawn
+        self._background = background
         self._cost = cost
         self._reader: UsageStream | UsageMessage | None = None
         self._decoder: Decoder | None = None
         self._refused = False
         self._plain = False
-        self._revising: asyncio.TimerHandle | None = None
+        self._revising: Later | None = None
         self._outcome: tuple[Usage, Quality, dict[str, str]] | None = None
 
     @property
@@ -148,9 +144,9 @@ class Metering:
             reader.feed(self._decoder.feed(chunk))
         except Exception as error:  # whatever it is: the client has its bytes, and is to have the next ones too
             self._unreadable(error)
-        if reader.started and self._revising is None:
+        if reader.started and self._revising is None and not reader.finished:
             # A short answer is over before that, and its settlement says the same.
-            self._revising = asyncio.get_running_loop().call_later(REVISE_AFTER_S, self._revise)
+            self._revising = self._background.later(REVISE_AFTER_S, self._revise)
 
     def _revise(self) -> None:
         """Only the input is known by now. Nobody waits for this: the stream goes on, and the settlement counts."""
@@ -160,7 +156,7 @@ class Metering:
                 exact = self._cost.meanwhile(usage, self._served(), self.reservation.reserved_at_ms)
             else:
                 exact = replace(usage, output_tokens=None)
-            self._spawn(self._quietly(self.reservation.revise(exact)))
+            self._background.spawn(self._quietly(self.reservation.revise(exact)))
 
     def tend(self) -> None:
         """Look after the call, every second or so: an answer that costs more than is held for it has more held."""
@@ -243,9 +239,8 @@ class Metering:
 
     def _keep(self, name: str, value: str | None) -> None:
         """Note a fact that the provider told, if it can be one."""
-        with suppress(InvalidInput):
-            if value:
-                self.facts |= check_attributes({name: value})
+        if value and is_fact(name, value):
+            self.facts[name] = value
 
     def _unreadable(self, error: Exception) -> None:
         self._decoder = None

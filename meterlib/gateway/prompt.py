@@ -171,6 +171,8 @@ def _model_of(told: Raw) -> str:
 
 
 def _count_of(told: Raw) -> int | None:
+    if not told:
+        return None
     with suppress(msgspec.MsgspecError):
         count = _integer.decode(told)
         return count if 0 <= count <= AMOUNT_MAX else None
@@ -178,12 +180,16 @@ def _count_of(told: Raw) -> int | None:
 
 
 def _speed_of(told: Raw) -> str | None:
+    if not told:
+        return None
     with suppress(msgspec.MsgspecError, InvalidInput):
         return check_text(_string.decode(told), "speed", SPEED_BYTES_MAX)
     return None
 
 
 def _type_of(told: bytes) -> str:
+    if not told:
+        return ""
     with suppress(msgspec.MsgspecError):
         return _typed.decode(told).type
     return ""
@@ -254,7 +260,7 @@ def _plainly(text: bytes) -> Raw:
 
 def _ttl_s_of(told: Raw) -> int:
     """How long to cache; 0 for `null`, which stands for no breakpoint."""
-    if bytes(told) in (b"", b"null"):
+    if not told or bytes(told) == b"null":
         return 0
     with suppress(msgspec.MsgspecError):
         return TTL_LONG_S if _typed.decode(told).ttl == "1h" else TTL_S

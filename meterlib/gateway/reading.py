@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import re
 
 import msgspec
@@ -19,11 +20,15 @@ from meterlib.settings import GatewaySettings
 
 HEAD_BYTES_MAX = 16 << 10
 HEADERS_MAX = 64
+PROMPT_DIGITS = 16
 MESSAGES = "/v1/messages"
 COUNT_TOKENS = "/v1/messages/count_tokens"
+BATCHES = "/v1/messages/batches"
 MODELS = "/v1/models"
 _METHODS = {MESSAGES: "POST", COUNT_TOKENS: "POST", MODELS: "GET"}
 _MODEL_PATH = re.compile(r"/v1/models/(?!\.{1,2}$)([A-Za-z0-9._:@-]{1,256})")
+
+_lines = msgspec.json.Encoder()
 
 
 class Invalid(Refusal):
@@ -49,7 +54,9 @@ def check_route(method: str, path: str) -> None:
     """Pass if there is something at this path, and this is the way to ask for it."""
     expected = "GET" if model_in(path) else _METHODS.get(path)
     if expected is None:
-        raise Refusal(404, "not_found_error", "there is no such path here")
+        batch = path == BATCHES or path.startswith(f"{BATCHES}/")
+        what = "message batches are not served here: what they use is told only days later" if batch else ""
+        raise Refusal(404, "not_found_error", what or "there is no such path here")
     if method != expected:
         raise Refusal(405, "invalid_request_error", f"this path takes {expected}", [("allow", expected)])
 
@@ -107,6 +114,16 @@ def attributes_of(exchange: Exchange, caller: Caller, model: str | None, setting
                 continue
             attributes[name] = value
     return attributes
+
+
+def facts_of(caller: Caller, prompt: Prompt) -> dict[str, str]:
+    """What tells that two calls are tries of the same one: the prompt's digest, and whether it is to be streamed.
+
+    Clients that try again send the same prompt, perhaps with other settings: Claude Code that gives up streaming asks
+    for fewer tokens, too. The digest is nothing without the caller's secret.
+    """
+    content = hmac.digest(caller.digest_key, _lines.encode_lines(prompt.blocks), "sha256")
+    return {"prompt": content.hex()[:PROMPT_DIGITS], "stream": "true" if prompt.stream else "false"}
 
 
 def outgoing(

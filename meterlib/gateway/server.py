@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import socket
 import struct
+from collections import Counter
 from contextlib import suppress
+from ipaddress import IPv6Address, IPv6Network, ip_address
 from typing import Any, Self
 
 from aiohttp import HttpVersion10, HttpVersion11, web
@@ -18,8 +21,11 @@ from meterlib.gateway.answers import Refusal, new_request_id
 from meterlib.gateway.app import Gateway
 from meterlib.gateway.exchange import BodyLate, BodyTooLarge, ClientGone
 from meterlib.gateway.headers import Headers, value_of
+from meterlib.store.telling import Log
 
+log = Log("meterlib.gateway")
 _HEAD_FIELD_BYTES_MAX = 16 << 10
+REFUSALS_TOLD_S = 1.0
 
 
 class Server:
@@ -38,6 +44,7 @@ class Server:
         self._connections = _Connections(
             self._handle,
             connections_max=settings.connections_max,
+            per_address_max=settings.connections_per_address_max,
             keepalive_timeout=settings.keepalive_ms / 1000,
             access_log=None,
             logger=_quiet_logger(),
@@ -61,7 +68,8 @@ class Server:
             await self.gateway.aclose()
             number = error.errno or 0  # those of name look-ups are negative, and have words of their own
             reason = os.strerror(number).lower() if number > 0 else str(error.strerror or error)
-            raise OSError(f"cannot listen at {self.gateway.settings.listen}: {reason}") from None
+            advice = "another address is told by --listen or [gateway] listen"
+            raise OSError(f"cannot listen at {self.gateway.settings.listen}: {reason}; {advice}") from None
         self._sites.append(site)
         bound = self._runner.addresses[0]
         shown = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
@@ -90,11 +98,15 @@ class Server:
 
 
 class _Connections(web.Server):
-    """Refuses connections beyond a number, before anything is read from them."""
+    """Refuses connections beyond a number, in all and from one address, before anything is read from them."""
 
-    def __init__(self, handler: Any, *, connections_max: int, **settings: Any) -> None:
+    def __init__(self, handler: Any, *, connections_max: int, per_address_max: int, **settings: Any) -> None:
         super().__init__(handler, **settings)
         self._connections_max = connections_max
+        self._per_address_max = per_address_max
+        self._from: Counter[str] = Counter()
+        self._addresses: dict[Any, str] = {}
+        self._refused, self._told_s = 0, -math.inf
         self._settings = settings
 
     def __call__(self) -> RequestHandler:
@@ -102,8 +114,41 @@ class _Connections(web.Server):
 
     def connection_made(self, handler: Any, transport: asyncio.Transport) -> None:
         super().connection_made(handler, transport)
-        if len(self.connections) > self._connections_max:
-            transport.abort()
+        address = self._addresses[handler] = _address_of(transport)
+        self._from[address] += 1
+        if self._from[address] > self._per_address_max:
+            self._refuse(transport, address, "connections_per_address_max")
+        elif len(self._addresses) > self._connections_max:
+            self._refuse(transport, address, "connections_max")
+
+    def connection_lost(self, handler: Any, exc: BaseException | None = None) -> None:
+        super().connection_lost(handler, exc)
+        address = self._addresses.pop(handler, None)
+        if address is not None:
+            self._from[address] -= 1
+            if not self._from[address]:
+                del self._from[address]
+
+    def _refuse(self, transport: asyncio.Transport, address: str, setting: str) -> None:
+        """Told once a second at most: whoever opens connections all the time must not fill the disk."""
+        transport.abort()
+        self._refused += 1
+        now_s = asyncio.get_running_loop().time()
+        if now_s - self._told_s >= REFUSALS_TOLD_S:
+            log.warning("connections.refused", setting=f"gateway.{setting}", address=address, count=self._refused)
+            self._refused, self._told_s = 0, now_s
+
+
+def _address_of(transport: asyncio.Transport) -> str:
+    """Where a client is; of IPv6, its network, since any host has a whole one to itself."""
+    told = transport.get_extra_info("peername")
+    host = told[0] if isinstance(told, tuple) and told else ""
+    with suppress(ValueError):
+        address = ip_address(host.partition("%")[0])
+        if isinstance(address, IPv6Address) and address.ipv4_mapped is None:
+            return str(IPv6Network((int(address) >> 64 << 64, 64)))
+        return str(getattr(address, "ipv4_mapped", None) or address)
+    return host
 
 
 class _Connection(RequestHandler):
@@ -190,8 +235,10 @@ class _Exchange:
             raise ClientGone from None
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    async def start(self, status: int, headers: Headers) -> None:
+    async def start(self, status: int, headers: Headers, *, more: bool = False) -> None:
         response = self.response
+        # As aiohttp does with answers whose body it knows; a version that does not know this sends the head at once.
+        response._send_headers_immediately = not more
         response.set_status(status)
         for name, value in headers:
             response.headers.add(name, value)

@@ -6,6 +6,7 @@ cannot be read is one that did not come. The client's own copy of the bytes must
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -79,6 +80,10 @@ class EventDecoder:
         self._lf_belongs_to_last_line = self._lf_belongs_to_last_line or chunk.endswith(b"\r")
         return events
 
+    def skip(self) -> None:
+        """Whole events have come that somebody else has read."""
+        self._at_start = False
+
     def end(self) -> list[Event]:
         """The event that was left open when the stream ended, if it was."""
         last = [self._take_line(bytes(self._line)) if self._line else None, self._take_line(b"")]
@@ -141,31 +146,35 @@ class UsageStream:
         self._decoder = EventDecoder(event_bytes_max)
         self._start: dict[str, Any] = {}
         self._told: dict[str, Any] = {}
+        self._known: Usage | None = None
         self._content = bytearray()
         self._characters = 0
         self._tokens_without_text = 0
 
     def feed(self, chunk: bytes) -> None:
         """The bytes of this piece are taken into account."""
-        while chunk:
-            size = self._content_in(chunk)
-            if size:
-                self._content += chunk[:size]
-                self.concluded = False
-            else:
-                size = chunk.find(b"\n\nevent: content_block_") + 2
-                size = len(chunk) if size < 2 else size
-                for event in self._decoder.feed(chunk[:size]):
-                    self._take(event)
-            chunk = chunk[size:]
+        self._known = None
+        at, end = 0, len(chunk)
+        as_usual = b"\r" not in chunk
+        while at < end:
+            if as_usual and self._decoder.between_events:
+                at = self._skim(chunk, at)
+            if at < end:
+                blank_at = chunk.find(b"\n\n", at) if as_usual else -1
+                begin, at = at, blank_at + 2 if blank_at >= 0 else end
+                for event in self._decoder.feed(chunk[begin:at]):
+                    self._take(*event)
         if len(self._content) > CONTENT_BYTES_KEPT:
             self._take_kept_content()
 
     def end(self) -> None:
         """What the stream ended with is taken into account, even if it lacks its last line end."""
+        if self.between_events:
+            return
+        self._known = None
         for event in self._decoder.end():
             if _json_object(event.data):  # or else it was cut off in the middle, and nobody can say what it was
-                self._take(event)
+                self._take(*event)
 
     @property
     def between_events(self) -> bool:
@@ -175,10 +184,12 @@ class UsageStream:
     @property
     def usage(self) -> Usage:
         """What is known now. Of an answer that is not finished, the output is at least what was seen of it."""
-        told = self._told
-        if not self.finished and (seen := self._output_tokens_seen):
-            told = told | {"output_tokens": max(told.get("output_tokens", 0), min(seen, AMOUNT_MAX))}
-        return _usage(told)
+        if self._known is None:
+            told = self._told
+            if not self.finished and (seen := self._output_tokens_seen):
+                told = told | {"output_tokens": max(told.get("output_tokens", 0), min(seen, AMOUNT_MAX))}
+            self._known = _usage(told)
+        return self._known
 
     @property
     def quality(self) -> Quality:
@@ -193,19 +204,26 @@ class UsageStream:
         self._take_kept_content()
         return -(-self._characters // CHARACTERS_PER_TOKEN) + self._tokens_without_text
 
-    def _content_in(self, chunk: bytes) -> int:
-        """How many bytes of whole events the piece begins with that tell nothing but text, if it does.
+    def _skim(self, chunk: bytes, at: int) -> int:
+        """Take whole events that are written as the Claude API writes them; returns where the first other one begins.
 
         Only of an answer that is cut off does anybody ask how long its text was. So the events of a text, which are
         nearly all there are, are kept as they are: looking for their end costs a tenth of reading them.
         """
-        if not chunk.startswith(b"event: content_block_") or not self.between_events or b"\r" in chunk:
-            return 0
-        ends = [chunk.find(b"\n\nevent: message_"), chunk.find(b"\n\nevent: error")]
-        end = min([end for end in ends if end >= 0] or [chunk.rfind(b"\n\n")])
-        size = max(0, end + 2)
-        each_has_a_name = chunk.count(b"\n\n", 0, size) == chunk.count(b"\n\nevent: ", 0, size) + 1
-        return size if end >= 0 and each_has_a_name else 0
+        begin = at
+        while True:
+            if content := _CONTENT.match(chunk, at):
+                self._content += content[0]
+                self.concluded = False
+                at = content.end()
+            elif (event := _EVENT.match(chunk, at)) and event.end() - at <= self._event_bytes_max:
+                self._take(event[1].decode(), event[2])
+                at = event.end()
+            else:
+                break
+        if at > begin:
+            self._decoder.skip()
+        return at
 
     def _take_kept_content(self) -> None:
         for event in EventDecoder(self._event_bytes_max).feed(bytes(self._content)):
@@ -213,23 +231,24 @@ class UsageStream:
                 self._take_content(event.data)
         self._content.clear()
 
-    def _take(self, event: Event) -> None:
-        name = event.name if event.name != _NO_NAME else _text(_json_object(event.data), "type")
+    def _take(self, name: str | None, data: bytes) -> None:
+        if name == _NO_NAME:
+            name = _text(_json_object(data), "type")
         match name:
             case "content_block_delta":
-                self._take_content(event.data)
+                self._take_content(data)
                 self.concluded = False
             case "content_block_start" | "content_block_stop":
                 self.concluded = False
             case "message_start":
-                self._take_start(_part(_json_object(event.data), "message"))
+                self._take_start(_part(_json_object(data), "message"))
             case "message_delta":
-                self._take_end(_json_object(event.data))
+                self._take_end(_json_object(data))
             case "message_stop":
                 self.finished = True
                 self._content.clear()
             case "error":
-                self.error = _text(_part(_json_object(event.data), "error"), "type") or "error"
+                self.error = _text(_part(_json_object(data), "error"), "type") or "error"
 
     def _take_start(self, message: Mapping[str, Any]) -> None:
         if self.started or not message:
@@ -243,17 +262,16 @@ class UsageStream:
         usage = _part(told, "usage")
         self._take_delta(usage)
         ended = _text(_part(told, "delta"), "stop_reason") is not None
-        self.concluded = self.started and ended and _count(usage, "output_tokens") is not None
+        self.concluded = self.started and ended and _is_count(usage.get("output_tokens"))
 
     def _take_delta(self, usage: Mapping[str, Any]) -> None:
-        for name in _COUNTS:
-            count = _count(usage, name)
-            zero_is_filling = name in _INPUT and bool(self._start.get(name))
-            if count is not None and (count or not zero_is_filling):
-                self._told[name] = count
-        for name in _OTHER:
-            if usage.get(name) is not None and not (name in _TOLD_ONCE and name in self._told):
-                self._told[name] = usage[name]
+        for name, value in usage.items():
+            if name in _COUNTS:
+                zero_is_filling = name in _INPUT and self._start.get(name)
+                if _is_count(value) and (value or not zero_is_filling):
+                    self._told[name] = value
+            elif name in _OTHER and value is not None and not (name in _TOLD_ONCE and name in self._told):
+                self._told[name] = value
 
     def _take_content(self, data: bytes) -> None:
         try:
@@ -322,8 +340,12 @@ def quality_of(usage: Usage) -> Quality:
     return "final" if split_tokens == (usage.cache_creation_input_tokens or 0) else "split_unknown"
 
 
-_INPUT = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
-_COUNTS = (*_INPUT, "output_tokens")
+_EVENT = re.compile(rb"event: ([a-z_]++)\ndata: (.*+)\n\n")
+_CONTENT = re.compile(rb"(?:event: content_block_[a-z]++\ndata: .*+\n\n)++")
+"""As the Claude API writes them, which is without CR: a name, one line of data, a blank line."""
+
+_INPUT = frozenset(("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens"))
+_COUNTS = _INPUT | {"output_tokens"}
 _OTHER = {
     "cache_creation": CacheCreation,
     "output_tokens_details": OutputTokensDetails,
@@ -364,9 +386,8 @@ def _part(told: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _count(told: Mapping[str, Any], name: str) -> int | None:
-    value = told.get(name)
-    return value if type(value) is int and 0 <= value <= AMOUNT_MAX else None
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= AMOUNT_MAX
 
 
 def _text(told: Mapping[str, Any], name: str) -> str | None:
@@ -375,15 +396,23 @@ def _text(told: Mapping[str, Any], name: str) -> str | None:
 
 
 def _usage(told: Mapping[str, Any]) -> Usage:
-    known: dict[str, Any] = {name: _count(told, name) for name in _COUNTS}
-    for name, kind in _OTHER.items():
-        if told.get(name) is not None:
+    known: dict[str, Any] = {}
+    for name, value in told.items():
+        if name in _COUNTS:
+            if _is_count(value):
+                known[name] = value
+        elif name in _OTHER and value is not None:
             with suppress(*_UNREADABLE):
-                value: Any = msgspec.convert(told[name], kind)
-                known[name] = check_text(value, name, TEXT_BYTES_MAX) if kind is str else value
-    if known["cache_creation_input_tokens"] is None and "cache_creation" in known:
+                known[name] = _other(name, value)
+    if "cache_creation" in known and "cache_creation_input_tokens" not in known:
         known["cache_creation_input_tokens"] = _sum_of(known["cache_creation"])
     return Usage(**known)
+
+
+def _other(name: str, value: Any) -> Any:
+    kind = _OTHER[name]
+    found: Any = msgspec.convert(value, kind)
+    return check_text(found, name, TEXT_BYTES_MAX) if kind is str else found
 
 
 def _sum_of(split: CacheCreation) -> int | None:

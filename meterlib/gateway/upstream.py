@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from io import BytesIO
-from typing import Self
+from typing import Any, Self
 
 import aiohttp
 from yarl import URL
@@ -62,6 +63,11 @@ class Answer:
     def __aiter__(self) -> Self:
         return self
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether some of the body has come."""
+        return self._response.content.total_bytes > 0
+
     async def __anext__(self) -> bytes:
         # No generator: one that is left in the middle would be closed only later, in a task that nobody waits for.
         try:
@@ -77,10 +83,21 @@ class Answer:
         self._response.close()
 
 
+_sending: ContextVar[Callable[[], None]] = ContextVar("sending")
+
+
+class _Request(aiohttp.ClientRequest):
+    """Tells its caller when a connection is there, and its first byte is about to leave."""
+
+    async def send(self, conn: Any) -> aiohttp.ClientResponse:
+        _sending.get()()
+        return await super().send(conn)
+
+
 class Upstream:
     """The provider.
 
-    It never follows a redirect, keeps no cookies, and reaches no other host than the configured one. Nothing is asked
+    It never follows a redirect, keeps no cookies, and reaches no other host than the configured one. No call is asked
     twice: that a connection broke before its answer began does not prove that nobody worked on the call.
     """
 
@@ -90,9 +107,23 @@ class Upstream:
         self._session: aiohttp.ClientSession | None = None
 
     async def send(
-        self, method: str, path: str, query: str, headers: Sequence[tuple[str, str]], body: bytes | None
+        self,
+        method: str,
+        path: str,
+        query: str,
+        headers: Sequence[tuple[str, str]],
+        body: bytes | None,
+        sending: Callable[[], None] = lambda: None,
     ) -> Answer:
         """Send a request; returns as soon as the head of its answer is there.
+
+        Args:
+            method: of the request.
+            path: as it comes behind that of the provider's base URL.
+            query: without the question mark.
+            headers: all but the host and the length.
+            body: as it is sent.
+            sending: called before the first byte is sent; whatever happens before, the provider knows nothing.
 
         Raises:
             NotSent: the provider cannot be reached.
@@ -100,6 +131,7 @@ class Upstream:
         """
         url = URL(f"{self._base}{path}{'?' if query else ''}{query}", encoded=True)
         session = self._session or self._open()
+        _sending.set(sending)
         try:
             response = await session.request(method, url, headers=headers, data=_in_pieces(body), allow_redirects=False)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
@@ -116,6 +148,7 @@ class Upstream:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
             cookie_jar=aiohttp.DummyCookieJar(),
+            request_class=_Request,
             auto_decompress=False,
             skip_auto_headers=("accept", "accept-encoding", "user-agent", "content-type"),
             max_line_size=HEAD_BYTES_MAX,

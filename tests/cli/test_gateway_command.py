@@ -12,6 +12,7 @@ import stat
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ pytest.importorskip("aiohttp", reason="needs meterlib[gateway]")
 import aiohttp
 
 from meterlib.cli import main
+from meterlib.config import Config
 from meterlib.gateway.tokens import hash_of
+from meterlib.settings import tokens_of
 from tests.gateway.answers import PATIENCE_S, STREAMS, Answer, Hold
 from tests.gateway.provider import Provider
 from tests.gateway.world import message
@@ -170,8 +173,37 @@ def test_a_port_that_is_taken_is_said_to_be(
     out, err = capsys.readouterr()
 
     assert (1, "") == (code, out)
-    assert f"cannot listen at {address}: address already in use" in err
+    assert f"cannot listen at {address}: address already in use; another address is told by --listen" in err
     assert 1 == len(err.splitlines())
+
+
+@pytest.mark.parametrize(("when_down", "meanwhile"), [("deny", "calls are refused"), ("allow", "calls pass unmetered")])
+def test_a_store_that_is_not_there_is_said_at_once(when_down: str, meanwhile: str, tmp_path: Path) -> None:
+    """And the gateway waits for it: whichever of the two is started first."""
+
+    async def play(provider: Provider) -> None:
+        text = settings(provider, TOKEN).replace("memory://", f'unix://{tmp_path}/none.sock"\nwhen_down = "{when_down}')
+        (tmp_path / "meterlib.toml").write_text(
+            text.replace("[gateway]", "timeout_ms = 50\ndeadline_ms = 100\n[gateway]")
+        )
+        async with gateway(tmp_path, ANTHROPIC_API_KEY=KEY) as process:
+            told = await process.says("store.unreachable")
+            assert (True, True) == (meanwhile in told, "store.url" in told)
+            assert (200 if when_down == "allow" else 503) == await status(process.url)
+            await process.hears(signal.SIGTERM)
+            assert 0 == await process.ends()
+
+    run(play)
+
+
+def test_a_gateway_that_nobody_can_call_says_so(tmp_path: Path) -> None:
+    async def play(provider: Provider) -> None:
+        (tmp_path / "meterlib.toml").write_text(settings(provider, more='callers = "known"'))
+        async with gateway(tmp_path) as process:
+            assert "callers.none" in "".join(process.said)
+            assert 401 == await status(process.url)
+
+    run(play)
 
 
 WRONG: dict[str, tuple[str, str]] = {
@@ -260,6 +292,14 @@ def test_settings_are_read_anew(tmp_path: Path) -> None:
             await process.hears(signal.SIGHUP)
             assert "gone" in await process.says("configuration.refused.*gone")
             assert [401, 200] == [await status(process.url, key) for key in (TOKEN, OTHER)]
+
+            expired = settings(provider, OTHER, TOKEN).replace(
+                f'"{hash_of(TOKEN)}"', f'{{ hash = "{hash_of(TOKEN)}", expires = 2020-01-01T00:00:00Z }}'
+            )
+            file.write_text(expired)
+            await process.says("configuration.reloaded")
+            assert [401, 200] == [await status(process.url, key) for key in (TOKEN, OTHER)]
+            await process.says("token.expired.*acme")
 
             other_port = 'listen = "127.0.0.1:1"'
             file.write_text(settings(provider, TOKEN, OTHER, more=other_port).replace("memory://", "redis://h"))
@@ -397,6 +437,35 @@ def test_a_new_token_and_what_is_kept_of_it(
     monkeypatch.setattr(sys, "stdin", StringIO(told["token"] + "\n"))
     assert 0 == main(["token", "hash"])
     assert told["hash"] == capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("expires", ["90d", "12h", "9998-12-31T23:59:59Z", "2999-01-31", "2999-01-31T12:00+02:00"])
+def test_a_token_that_expires_is_printed_as_settings_take_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], expires: str
+) -> None:
+    """What is printed goes into the file as it is."""
+    assert 0 == main(["token", "new", "--expires", expires])
+    printed = capsys.readouterr().out.partition("In meterlib.toml:")[2]
+    file = tmp_path / "meterlib.toml"
+    file.write_text(printed.replace("…", "acme"))
+
+    (tenant,) = Config.load(file).tenant
+    (token,) = tokens_of(tenant)
+    assert token.expires
+    assert token.expires > datetime.now(UTC)
+    if expires.startswith("2999"):
+        assert expires.startswith("2999-01-31T12") == (token.expires.hour == 10)
+
+
+@pytest.mark.parametrize(
+    "expires", ["yesterday", "2020-01-01", "0d", "", "99999999999d", "9999-12-31T23:59:59.999-23:00"]
+)
+def test_an_expiry_that_makes_no_sense_is_refused(capsys: pytest.CaptureFixture[str], expires: str) -> None:
+    assert 2 == main(["token", "new", "--expires", expires])
+    told = capsys.readouterr()
+    assert "" == told.out
+    assert "--expires" in told.err
+    assert "90d" in told.err
 
 
 @pytest.mark.parametrize("line", ["", "\n", "schlüssel\n", "a\x00b\n"])

@@ -135,6 +135,14 @@ class Scenarios:
     def models_get(self) -> dict[str, Any]:
         return {"result": self._client.models.retrieve(self._options["model"]).to_dict(mode="json")}
 
+    def batches(self) -> dict[str, Any]:
+        """Made, looked up, or listed, as the options say."""
+        batches = self._client.messages.batches
+        how = self._options["how"]
+        if how == "create":
+            return {"result": batches.create(requests=[{"custom_id": "a", "params": self._asked}]).id}
+        return {"result": batches.retrieve("msgbatch_1").id if how == "retrieve" else list(batches.list())}
+
     def concurrent(self) -> dict[str, Any]:
         """Many calls at once, every other one streamed; `result` has the usage of each, or the class of its error."""
         return {"result": asyncio.run(self._many())}

@@ -15,12 +15,15 @@ from hypothesis import strategies as st
 pytest.importorskip("aiohttp", reason="needs meterlib[gateway]")
 
 from meterlib import Limit, Policy, StoreOptions
+from meterlib.gateway.answers import Refusal
+from meterlib.gateway.free import Pace
+from meterlib.gateway.tokens import hash_of
 from meterlib.settings import TenantSettings
 from tests.gateway.answers import Answer, Hold, error, redirect
 from tests.gateway.provider import COUNT_TOKENS, MODELS
 from tests.gateway.test_headers import parsed_list
 from tests.gateway.wire import Play, lasting
-from tests.gateway.world import HOSTED, LIMITS, MODEL, Got, World, message, run, with_settings
+from tests.gateway.world import HOSTED, LIMITS, MODEL, TOKEN, Got, World, message, run, with_settings
 
 REQUEST_ID = re.compile(r"req_[0-9a-f]{24}")
 HASTY = StoreOptions(shards=2, timeout_ms=50, deadline_ms=100)
@@ -191,8 +194,6 @@ def test_each_tenants_numbers_are_its_own() -> None:
 
 
 def with_hash(token: str) -> str:
-    from meterlib.gateway.tokens import hash_of
-
     return hash_of(token)
 
 
@@ -427,6 +428,29 @@ def test_no_pace_at_all_is_said_to_be_so() -> None:
     run(use, HOSTED, count_tokens_per_minute=0)
 
 
+def test_the_paces_of_many_tenants_take_no_more_memory_than_those_of_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each caller with a key of its own is a tenant; those that have not counted for longest are forgotten first."""
+    monkeypatch.setattr("meterlib.gateway.free._TENANTS_MAX", 3)
+    pace = Pace(lambda: 0.0)
+    for tenant in ("a", "b", "c", "a", "d"):
+        pace.check(tenant, 2)
+    assert ["c", "a", "d"] == list(pace._done)
+    with pytest.raises(Refusal):
+        pace.check("a", 2)
+    pace.check("b", 1)
+
+
+def test_whoever_counts_too_often_keeps_nobody_else_from_counting() -> None:
+    """The pace is each tenant's own."""
+    other = TenantSettings(name="globex", tokens=[hash_of("ml_globex")])
+
+    async def use(world: World) -> None:
+        assert [200, 429] == [(await world.post(path=COUNT_TOKENS)).status for _ in range(2)]
+        assert 200 == (await world.post(path=COUNT_TOKENS, key="ml_globex")).status
+
+    run(use, HOSTED, other, count_tokens_per_minute=1)
+
+
 def test_probes_are_free_and_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     """Claude Code warms its connection up without a credential."""
 
@@ -459,6 +483,30 @@ def test_a_model_that_is_not_allowed_is_not_there() -> None:
         assert 200 == (await world.get(f"{MODELS}/{MODEL}")).status
 
     run(use, SONNETS, limits=LIMITS)
+
+
+def test_a_tenants_models_go_before_those_of_all() -> None:
+    """Who names none has the gateway's."""
+    other = TenantSettings(name="globex", tokens=[hash_of("ml_globex")])
+
+    async def use(world: World) -> None:
+        for key, expected in ((TOKEN, [200, 404]), ("ml_globex", [404, 200])):
+            models = ("claude-sonnet-4-5", "claude-opus-5")
+            assert expected == [(await world.post(model=model, key=key)).status for model in models]
+
+    run(use, SONNETS, other, models=["claude-opus-*"])
+
+
+def test_a_shared_keys_account_is_nobodys_business_in_a_list_of_models_either() -> None:
+    """Whose key it is sees it."""
+
+    async def use(world: World) -> None:
+        hosted, own = await world.get(MODELS), await world.get(MODELS, key="sk-mine")
+        assert 200 == hosted.status == own.status
+        assert "anthropic-organization-id" not in hosted.headers
+        assert "org-test" == own.headers["anthropic-organization-id"]
+
+    run(use, SONNETS, callers="anyone", models=["claude-*"])
 
 
 @pytest.mark.parametrize("path", ["/v1/messages", COUNT_TOKENS])
@@ -516,12 +564,12 @@ def test_a_page_without_a_model_of_ours_is_passed_over() -> None:
         others = [f"claude-opus-{number}" for number in range(7)]
         world.provider.models = ["claude-sonnet-4", *others, "claude-sonnet-5", "gpt-1", "gpt-2"]
         first = await world.get(f"{MODELS}?limit=2&after_id=claude-sonnet-4&x=%20y")
-        pages = [(["claude-opus-5"], True), (["claude-sonnet-4"], False)]
+        pages = [(["claude-opus-4", "claude-opus-5"], True), (["claude-sonnet-4"], False)]
         for ids, more in pages:
             page = {"data": [{"id": each} for each in ids], "has_more": more, "first_id": ids[0], "last_id": ids[-1]}
             world.provider.answers(Answer(json=page), path=MODELS)
         back = await world.get(f"{MODELS}?limit=2&before_id=claude-sonnet-5")
-        assert "claude-opus-5" == world.provider.requests[-1].query["before_id"]
+        assert "claude-opus-4" == world.provider.requests[-1].query["before_id"]
         none = await world.get(f"{MODELS}?limit=3&after_id=claude-sonnet-5")
 
         assert ["claude-sonnet-5"] == [each["id"] for each in first.json["data"]]

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -16,6 +17,7 @@ from meterlib.gateway.app import Gateway
 from meterlib.gateway.asgi import AnswerCutShort, App, GatewayApp, MeteringMiddleware, Receive, Scope, Send, Who
 from meterlib.gateway.callers import Callers
 from meterlib.settings import GatewaySettings
+from meterlib.testing import Clock
 from tests.gateway.answers import STREAMS, Answer, Hold, error
 from tests.gateway.provider import Provider
 from tests.gateway.world import HOSTED, LIMITS, PROVIDER_KEY, TOKEN, message
@@ -152,6 +154,39 @@ def test_a_client_that_leaves_pays_for_what_was_used(on_disconnect: str, quality
         assert 0 == sum([(await meter.head(shard)).open_reservations for shard in range(2)])
 
     mounted(use, on_disconnect=on_disconnect)
+
+
+def test_a_server_that_cancels_its_tasks_does_not_cut_an_answer_short() -> None:
+    """Some do when the client leaves: a hosted call is read to its end all the same, for the provider's numbers."""
+    hold, told = Hold(), STREAMS["cached"]
+    asked: list[Any] = [{"type": "http.request", "body": json.dumps(message(stream=True)).encode()}]
+
+    async def receive() -> Any:
+        return asked.pop() if asked else await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        await asyncio.sleep(0)
+
+    async def main() -> None:
+        async with (
+            Provider() as provider,
+            AsyncMeter.connect("memory://", Policy(), options=StoreOptions(shards=1)) as meter,
+        ):
+            provider.answers(Answer(events=[*told.events[:4], hold, *told.events[4:]]))
+            settings = GatewaySettings(upstream=provider.url, shutdown_ms=0)
+            callers = Callers(settings, [HOSTED], {"ANTHROPIC_API_KEY": PROVIDER_KEY}, bytes(32))
+            app = GatewayApp(Gateway(settings, callers, meter))
+            async with app.lifespan():
+                serving = asyncio.ensure_future(app(scope(), receive, send))
+                await hold.reached()
+                serving.cancel()
+                await asyncio.wait([serving])
+                assert (True, 1) == (serving.cancelled(), app.gateway.open_calls)
+                hold.release()
+                (entry,) = await until_entries(meter, 1)
+                assert ("final", "complete", told.usage) == (entry.quality, entry.facts["end"], entry.usage)
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("at", [0, 1, 3])
@@ -410,10 +445,76 @@ def test_other_requests_are_none_of_the_middlewares_business() -> None:
     async def use(url: str, meter: AsyncMeter) -> None:
         for _ in range(60):
             assert 200 == (await post(f"{url}/v1/messages/count_tokens"))[0]
+        async with aiohttp.ClientSession() as http:
+            for method in ("GET", "DELETE", "OPTIONS"):
+                async with http.request(method, f"{url}/v1/messages", data=b"Hello") as response:
+                    assert (200, b"{}") == (response.status, await response.read())
 
         assert [] == await entries_of(meter)
 
     metered(answering(b"{}", content_type=b"application/json"), use)
+
+
+def through(app: App, meter: AsyncMeter, **settings: Any) -> Any:
+    """A call of an app with the middleware around it, by no server at all."""
+    asked: list[Any] = [{"type": "http.request", "body": json.dumps(message(stream=True)).encode()}]
+
+    async def receive() -> Any:
+        return asked.pop() if asked else {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        await asyncio.sleep(0)
+
+    wrapped = MeteringMiddleware(app, meter, lambda scope: Who("acme", {"provider": "anthropic"}), **settings)
+    return wrapped(scope(), receive, send)
+
+
+@pytest.mark.parametrize("content_type", [b"text/event-stream", b"application/json"])
+def test_an_app_that_ends_without_an_end_has_cut_its_answer(content_type: bytes) -> None:
+    """It returns as if all were well; the server then breaks the connection."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", content_type)]})
+        await send({"type": "http.response.body", "body": wire("cached"), "more_body": True})
+
+    async def main() -> None:
+        async with AsyncMeter.connect("memory://", Policy(), options=StoreOptions(shards=1)) as meter:
+            await through(app, meter)
+            (entry,) = await entries_of(meter)
+            assert ("settled", "cut") == (entry.kind, entry.facts["end"])
+
+    asyncio.run(main())
+
+
+def test_the_lease_of_a_long_answer_is_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the app sends something now and then its call does not expire; else it is late, and charged anyway."""
+    clock = Clock()
+    monkeypatch.setattr("meterlib.gateway.asgi.time", SimpleNamespace(monotonic=lambda: clock.now_ms / 1000))
+
+    def app(minutes: int) -> App:
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            headers = [(b"content-type", b"text/event-stream")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            for at in range(0, 2000, 500):
+                clock.advance(ms=minutes * 60_000)
+                await send({"type": "http.response.body", "body": wire("cached")[at : at + 500], "more_body": True})
+                await meter_of_all[0].sweep()
+            await send({"type": "http.response.body", "body": wire("cached")[2000:]})
+
+        return app
+
+    meter_of_all: list[AsyncMeter] = []
+
+    async def main() -> None:
+        options = StoreOptions(shards=1)
+        async with AsyncMeter.connect("memory://", Policy(), options=options, clock=clock) as meter:
+            meter_of_all.append(meter)
+            await through(app(6), meter, lease_ms=600_000)
+            await through(app(11), meter, lease_ms=600_000)
+            kinds = [entry.kind for entry in await entries_of(meter)]
+            assert ["settled", "expired", "late"] == kinds
+
+    asyncio.run(main())
 
 
 def test_the_providers_errors_pass_through_a_mounted_gateway() -> None:

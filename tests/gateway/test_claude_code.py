@@ -320,6 +320,8 @@ def test_streams_that_never_work(claude: Path, tmp_path: Path, broken: Answer) -
             assert (0, TEXT) == (run.code, run.json()["result"])
             assert [*["partial"] * (len(qualities) - 1), "final"] == qualities
             assert len(here.world.provider.requests) == len(entries) >= 2
+            assert 1 == len({entry.facts["prompt"] for entry in entries})
+            assert [*["true"] * (len(entries) - 1), "false"] == [entry.facts["stream"] for entry in entries]
             assert 0 == await here.world.open_reservations()
 
     asyncio.run(main())

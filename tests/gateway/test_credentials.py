@@ -10,6 +10,7 @@ import logging
 import os
 import stat
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ from meterlib.gateway.answers import Refusal
 from meterlib.gateway.assembly import callers_for
 from meterlib.gateway.callers import CREDENTIAL_BYTES_MAX, Callers, Secret, read_or_make_key
 from meterlib.gateway.tokens import hash_of, new_token
-from meterlib.settings import GatewaySettings, TenantSettings
-from tests.gateway.answers import Answer, Hold, error
+from meterlib.settings import GatewaySettings, TenantSettings, TokenSettings
+from meterlib.testing import Clock
+from tests.gateway.answers import STREAMS, Answer, Hold, error
 from tests.gateway.provider import COUNT_TOKENS, MODELS
 from tests.gateway.test_admission import shape
 from tests.gateway.wire import MESSAGES, exchanged, lasting, request
@@ -202,6 +204,76 @@ def test_no_credential_is_an_error_of_ours(headers: list[tuple[str, str]]) -> No
     assert refused is None or UNAUTHORIZED == (refused.status, refused.type)
 
 
+EXPIRES = datetime(2026, 11, 22, 10, tzinfo=UTC)
+FINITE = TenantSettings(name="acme", tokens=[TokenSettings(hash=hash_of(TOKEN), expires=EXPIRES), hash_of("ml_other")])
+EXPIRED = (401, "authentication_error", "this token has expired; another one is needed")
+
+
+def told(got: Got) -> tuple[int, str, str]:
+    return *shape(got), got.json["error"]["message"]
+
+
+@pytest.mark.parametrize("offset_ms", [-1, 0, 1, 10**10])
+def test_a_token_is_refused_from_when_it_expires(offset_ms: int) -> None:
+    """To the moment, by the time of day; and with that reason, which only who has the token is told."""
+
+    async def use(world: World) -> None:
+        world.clock.advance(ms=round(EXPIRES.timestamp() * 1000) + offset_ms - world.clock.now_ms)
+        got = await asked(world, ("x-api-key", TOKEN))
+        if offset_ms < 0:
+            assert 200 == got.status
+        else:
+            assert EXPIRED == told(got)
+            assert [] == world.provider.requests
+        assert 200 == (await asked(world, ("x-api-key", "ml_other"))).status
+        unknown = await asked(world, ("x-api-key", TOKEN + "x"))
+        assert UNAUTHORIZED == shape(unknown)
+        assert "expired" not in unknown.body.decode()
+
+    run(use, FINITE, clock=Clock(round(EXPIRES.timestamp() * 1000) - 10_000))
+
+
+@pytest.mark.parametrize("secret", [TOKEN, "sk-of-our-own-making"])
+def test_an_expired_token_is_never_taken_for_a_callers_own_key(secret: str) -> None:
+    """It would go to the provider; whatever a token looks like, whose hash the settings have."""
+    finite = TenantSettings(name="acme", tokens=[TokenSettings(hash=hash_of(secret), expires=EXPIRES)])
+
+    async def use(world: World) -> None:
+        assert EXPIRED == told(await asked(world, ("x-api-key", secret)))
+        assert EXPIRED == told(await asked(world, ("authorization", f"Bearer {secret}")))
+        assert [] == world.provider.requests
+
+    run(use, finite, callers="anyone", clock=Clock(round(EXPIRES.timestamp() * 1000)))
+
+
+def test_an_expired_token_beside_one_that_counts_does_no_harm() -> None:
+    """Claude Code sends both of its credentials, and people renew one of them."""
+
+    async def use(world: World) -> None:
+        for pair in ((TOKEN, "ml_other"), ("ml_other", TOKEN)):
+            headers = (("x-api-key", pair[0]), ("authorization", f"Bearer {pair[1]}"))
+            assert 200 == (await asked(world, *headers)).status
+
+    run(use, FINITE, clock=Clock(round(EXPIRES.timestamp() * 1000)))
+
+
+def test_a_stream_outlives_its_token() -> None:
+    """A call is authorised when it begins; only the next one is refused."""
+    hold = Hold()
+
+    async def use(world: World) -> None:
+        events = STREAMS["cached"].events
+        world.provider.answers(Answer(events=[*events[:4], hold, *events[4:]]))
+        async with world.asked(stream=True) as response:
+            await hold.reached()
+            world.advance(ms=20_000)
+            assert EXPIRED == told(await world.post())
+            hold.release()
+            assert (await response.read()).endswith(b'"message_stop"}\n\n')
+
+    run(use, FINITE, clock=Clock(round(EXPIRES.timestamp() * 1000) - 10_000))
+
+
 def test_new_tokens_differ_and_can_be_recognised() -> None:
     """256 bits, a prefix and a checksum for those who look for leaked secrets."""
     tokens = {new_token() for _ in range(100)}
@@ -314,6 +386,10 @@ def test_anyone_besides_tenants() -> None:
         assert None is await tenant_of(world, ("x-api-key", "ml_revoked"))
         assert None is await tenant_of(world, ("x-api-key", "ml_revoked"), ("authorization", "Bearer sk-own"))
         assert None is await tenant_of(world)
+        await tenant_of(world, ("x-api-key", "sk-first"), ("authorization", "Bearer sk-second"))
+        assert ("sk-first", None) == tuple(
+            world.provider.requests[-1].header(name) for name in ("x-api-key", "authorization")
+        )
 
     run(use, HOSTED, callers="anyone")
 

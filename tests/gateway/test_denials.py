@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 pytest.importorskip("aiohttp", reason="needs meterlib[gateway]")
 
@@ -132,6 +133,67 @@ def test_while_the_store_is_away_denials_wait(valkey: Server) -> None:
     run(use, HOSTED, limits=LIMITS, store=valkey.url)
 
 
+def test_a_flush_is_over_when_all_that_was_counted_before_it_has_been_tried() -> None:
+    """Whoever stops waits for it, and may close the meter then; also if another flush is on its way, or given up."""
+
+    async def main(given_up: bool) -> None:
+        async with AsyncMeter.connect("memory://", Policy(), options=StoreOptions(shards=1), clock=Clock()) as meter:
+            kept = denials.Denials(meter, lambda: 0.0)
+            run_flow, goes_on, begun = meter._run, asyncio.Event(), asyncio.Event()
+
+            async def slow(flow: Any) -> Any:
+                begun.set()
+                await goes_on.wait()
+                return await run_flow(flow)
+
+            meter._run = slow  # type: ignore[method-assign]
+            kept.count("acme", "", "rpm")
+            first = asyncio.create_task(kept.flush())
+            await begun.wait()
+            kept.count("globex", "", "rpm")
+            second = asyncio.create_task(kept.flush())
+            await asyncio.sleep(0)
+            if given_up:
+                first.cancel()
+            goes_on.set()
+            await second
+            assert not kept.pending
+            entries = [(entry.tenant, entry.usage["amounts"]) async for entry in meter.ledger(0)]
+            assert [("acme", {"denied_rpm": 1}), ("globex", {"denied_rpm": 1})] == sorted(entries)
+            await asyncio.wait([first])
+            assert given_up == first.cancelled()
+            assert given_up or first.exception() is None
+
+    asyncio.run(main(given_up=False))
+    asyncio.run(main(given_up=True))
+
+
+def test_no_more_wait_than_there_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that stays away does not fill the memory either; what is given up is logged with its counts."""
+    monkeypatch.setattr(denials, "TALLIES_MAX", 10)
+
+    async def main() -> None:
+        async with AsyncMeter.connect("memory://", Policy(), options=StoreOptions(shards=1), clock=Clock()) as meter:
+            kept = denials.Denials(meter, lambda: 0.0)
+
+            async def away(flow: Any) -> Any:
+                flow.close()
+                raise StoreError("away")
+
+            run_flow, meter._run = meter._run, away  # type: ignore[method-assign]
+            with capture_logs() as logs:
+                for number in range(25):
+                    kept.count(f"tenant{number}", "", "rpm")
+                    await kept.flush()
+            dropped = {each["tenant"] for each in logs if not each["kept"]}
+            assert {f"tenant{number}" for number in range(10, 25)} == dropped
+            meter._run = run_flow  # type: ignore[method-assign]
+            await kept.flush()
+            assert 10 == (await meter.head(0)).ledger_last
+
+    asyncio.run(main())
+
+
 def test_many_counts_are_booked_early(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever invents tenants does not fill the memory."""
     monkeypatch.setattr(denials, "TALLIES_MAX", 10)
@@ -180,6 +242,69 @@ def test_the_middleware_books_them_too(monkeypatch: pytest.MonkeyPatch) -> None:
             entries = [entry async for entry in meter.ledger(0)]
         assert ["lifespan.shutdown"] == told
         assert [{"denied_none": 2}, {"denied_none": 1}] == [entry.usage["amounts"] for entry in entries]
+
+    asyncio.run(main())
+
+
+def test_the_middleware_tries_again_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the store did not take the first time does not wait for the next denial, which may never come."""
+    monkeypatch.setattr("meterlib.gateway.asgi.FLUSH_S", 0.01)
+
+    async def main() -> None:
+        policy = Policy(limits=[Limit(name="none", quota=0, window="1m")])
+        async with AsyncMeter.connect("memory://", policy, options=StoreOptions(shards=1)) as meter:
+            wrapped = MeteringMiddleware(nothing, meter, lambda scope: Who("acme", {}))  # type: ignore[arg-type]
+            assert 429 == await asked(wrapped)
+            run_flow, failed = meter._run, asyncio.Event()
+
+            async def fails_once(flow: Any) -> Any:
+                meter._run = run_flow  # type: ignore[method-assign]
+                failed.set()
+                flow.close()
+                raise StoreError("away")
+
+            meter._run = fails_once  # type: ignore[method-assign]
+            async with asyncio.timeout(10):
+                await failed.wait()
+                while not (await meter.head(0)).ledger_last:
+                    await asyncio.sleep(0.005)
+                while wrapped._booking_denials:
+                    await asyncio.sleep(0.005)
+            assert [{"denied_none": 1}] == [entry.usage["amounts"] async for entry in meter.ledger(0)]
+
+    asyncio.run(main())
+
+
+def test_a_stop_waits_for_what_is_just_being_booked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The app closes the meter as soon as it is told to end."""
+    monkeypatch.setattr("meterlib.gateway.asgi.FLUSH_S", 0.0)
+
+    async def main() -> None:
+        policy = Policy(limits=[Limit(name="none", quota=0, window="1m")])
+        async with AsyncMeter.connect("memory://", policy, options=StoreOptions(shards=1)) as meter:
+
+            async def app(scope: Any, receive: Any, send: Any) -> None:
+                await receive()
+                meter._run = run_flow  # type: ignore[method-assign]
+                assert [{"denied_none": 1}] == [entry.usage["amounts"] async for entry in meter.ledger(0)]
+
+            wrapped = MeteringMiddleware(app, meter, lambda scope: Who("acme", {}))
+            assert 429 == await asked(wrapped)
+            run_flow, begun = meter._run, asyncio.Event()
+
+            async def slow(flow: Any) -> Any:
+                begun.set()
+                await asyncio.sleep(0.01)
+                return await run_flow(flow)
+
+            meter._run = slow  # type: ignore[method-assign]
+            async with asyncio.timeout(10):
+                await begun.wait()
+
+            async def receive() -> Any:
+                return {"type": "lifespan.shutdown"}
+
+            await wrapped({"type": "lifespan"}, receive, nothing)
 
     asyncio.run(main())
 

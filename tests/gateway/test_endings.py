@@ -822,7 +822,7 @@ class Reader:
     async def body(self, bytes_max: int, timeout_ms: int) -> bytes:
         return json.dumps(asked(stream=True)).encode()
 
-    async def start(self, status: int, headers: Headers) -> None:
+    async def start(self, status: int, headers: Headers, *, more: bool = False) -> None:
         self.started = True
         await self._step("start")
 

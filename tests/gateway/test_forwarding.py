@@ -251,6 +251,20 @@ def test_the_session_is_noted_and_kept_here() -> None:
     run(use, HOSTED, attributes=attributes)
 
 
+def test_claude_codes_session_and_agents_are_noted_by_default() -> None:
+    """Whose agent it was that used so much, and which one had begun it."""
+
+    async def use(world: World) -> None:
+        told = {"session-id": "s-1", "agent-id": "a-2", "parent-agent-id": "a-1"}
+        await world.post(headers={f"x-claude-code-{name}": value for name, value in told.items()})
+        await world.post()
+        first, second = sorted(await world.entries(), key=lambda entry: entry.n)
+        assert {"session": "s-1", "agent": "a-2", "parent_agent": "a-1"}.items() <= first.attributes.items()
+        assert {"key", "model", "provider"} == set(second.attributes)
+
+    run(use, HOSTED)
+
+
 # ── Paths ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -9,18 +9,20 @@ import socket
 import struct
 import zlib
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 pytest.importorskip("aiohttp", reason="needs meterlib[gateway]")
 
 from meterlib.gateway.app import Gateway
 from meterlib.gateway.encodings import MEMBER_BYTES, TooLarge, Unreadable, decoder_for
+from meterlib.gateway.server import _address_of
 from tests.gateway.answers import Answer, Hold
 from tests.gateway.provider import COUNT_TOKENS, MODELS
 from tests.gateway.test_admission import shape
@@ -621,6 +623,64 @@ def test_connections_are_counted() -> None:
         assert 200 == (await exchanged(world, request())).status
 
     run(use, HOSTED, connections_max=2)
+
+
+def test_no_address_takes_all_places() -> None:
+    """Who opens many connections has fewer, and those elsewhere have theirs; what was closed is free again."""
+
+    async def use(world: World) -> None:
+        async with AsyncExitStack() as open_ones:
+            for _ in range(3):
+                wire = await open_ones.enter_async_context(connected(world.url))
+                await wire.send(request())
+                assert 200 == (await wire.answer()).status
+            async with connected(world.url) as fourth:
+                await fourth.send(request())
+                assert b"" == await fourth.rest()
+            async with connected(world.url, local="127.0.0.2") as elsewhere:
+                await elsewhere.send(request())
+                assert 200 == (await elsewhere.answer()).status
+        counted = world.server._connections
+        while counted._addresses:
+            await asyncio.sleep(0)
+        assert {} == counted._from
+        assert 200 == (await exchanged(world, request())).status
+
+    with capture_logs() as logs:
+        run(use, HOSTED, connections_per_address_max=3)
+    assert [("connections.refused", "gateway.connections_per_address_max", "127.0.0.1")] == [
+        (each["event"], each["setting"], each["address"]) for each in logs
+    ]
+
+
+@given(st.ip_addresses(), st.ip_addresses(v=6), st.integers(0, 2**64 - 1))
+def test_a_client_is_its_address_or_its_network(address: Any, other: Any, host: int) -> None:
+    """Whoever has one address of IPv6 has 2**64 of them; an IPv4 one is the same however it is written."""
+
+    def known_as(told: object) -> str:
+        return _address_of(Transport(told))  # type: ignore[arg-type]
+
+    same_network = other.__class__(int(other) >> 64 << 64 | host)
+    if other.ipv4_mapped is None and same_network.ipv4_mapped is None:
+        assert known_as((str(other), 1, 0, 0)) == known_as((f"{same_network}%eth0", 2, 0, 3))
+        assert known_as((str(other), 1)) != known_as((str(other.__class__((int(other) ^ 1 << 64))), 1))
+    if address.version == 4:
+        assert str(address) == known_as((str(address), 1)) == known_as((f"::ffff:{address}", 1, 0, 0))
+
+
+@pytest.mark.parametrize("told", [None, "", "/run/socket", (), ("no address", 1)])
+def test_a_client_without_address_is_counted_too(told: object) -> None:
+    assert isinstance(_address_of(Transport(told)), str)  # type: ignore[arg-type]
+
+
+class Transport:
+    """What knows where a client is."""
+
+    def __init__(self, peer: object) -> None:
+        self._peer = peer
+
+    def get_extra_info(self, name: str) -> object:
+        return {"peername": self._peer}[name]
 
 
 def test_two_hundred_slow_ones_do_not_keep_others_waiting() -> None:

@@ -22,10 +22,10 @@ import pytest
 
 pytest.importorskip("aiohttp", reason="needs meterlib[gateway]")
 
-from meterlib import LedgerEntry
+from meterlib import LedgerEntry, Limit
 from meterlib.core.ledger import counts_of
 from meterlib.gateway.sse import usage_of
-from tests.gateway.answers import PATIENCE_S, STREAMS, TEXT, Answer, Hold, error, failing
+from tests.gateway.answers import PATIENCE_S, STREAMS, TEXT, Answer, Hold, error, failing, message
 from tests.gateway.world import HOSTED, LIMITS, PROVIDER_KEY, TOKEN, World, run, with_settings
 
 VERSIONS = ("0.125.0", "1.17.0", "2.12.0")
@@ -257,6 +257,62 @@ def test_a_refusal_of_the_gateway_looks_like_the_providers(sdk: Sdk) -> None:
         assert 1 == len(world.provider.requests)
 
     run(use, with_settings(HOSTED, quotas={"requests": 1}), limits=LIMITS)
+
+
+@pytest.mark.parametrize("how", ["create", "retrieve", "list"])
+def test_batches_are_said_not_to_be_there(sdk: Sdk, how: str) -> None:
+    """They would pass by every limit; the package raises what it raises of anything that is not found, at once."""
+
+    async def use(world: World) -> None:
+        [told] = await sdk.plays(world, "batches", how=how)
+
+        found = {name: told["error"][name] for name in ("class", "status", "type")}
+        assert {"class": "NotFoundError", "status": 404, "type": "not_found_error"} == found
+        assert "batches are not served here" in told["error"]["message"]
+        assert 1 == len(told["attempts"])
+        assert ([], []) == (world.provider.requests, await entries(world))
+
+    run(use, HOSTED, limits=LIMITS)
+
+
+def test_a_used_up_budget_is_not_asked_again(sdk: Sdk) -> None:
+    """The package would sleep until next month, in the middle of somebody's program."""
+    budget = Limit(name="calls", quota=1, period="month")
+
+    async def use(world: World) -> None:
+        _, told = await sdk.plays(world, "create", "stream")
+
+        assert ("RateLimitError", "billing_error", 429) == tuple(
+            told["error"][name] for name in ("class", "type", "status")
+        )
+        assert "it is renewed at" in told["error"]["message"]
+        assert 1 == len(told["attempts"])
+
+    run(use, HOSTED, limits=(budget,))
+
+
+def test_a_caller_whose_patience_ends_tries_again_and_both_are_booked(sdk: Sdk) -> None:
+    """The provider works on both: it is paid for both, and the ledger says that they are tries of the same call."""
+    holds = [Hold(), Hold()]
+
+    async def use(world: World) -> None:
+        usages = [{"input_tokens": 10 + at, "output_tokens": 20 + at} for at in range(2)]
+        world.provider.answers(
+            *(Answer(json=message(usage=usage), before_head=[hold]) for usage, hold in zip(usages, holds, strict=True))
+        )
+        [told] = await sdk.plays(world, "create", timeout_s=0.3, max_retries=1)
+        assert ("APITimeoutError", 2) == (told["error"]["class"], len(told["attempts"]))
+        while not all(call._exchange.gone for call in world.gateway._calls):
+            await asyncio.sleep(0.001)
+        world.gateway.tend()
+        for hold in holds:
+            hold.release()
+        first, second = await entries(world)
+        assert in_any_order(usages) == in_any_order([dict(first.usage), dict(second.usage)])
+        assert {("complete", "gone")} == {(one.facts["end"], one.facts["client"]) for one in (first, second)}
+        assert first.facts["prompt"] == second.facts["prompt"]
+
+    run(use, HOSTED)
 
 
 # ── Streams that end early ────────────────────────────────────────────────────────────────────────────────────────────

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from meterlib.config import Config
 from meterlib.errors import PolicyError
 from meterlib.gateway.app import NEEDS_RESTART
 from meterlib.gateway.tokens import hash_of
-from meterlib.settings import GatewaySettings, TenantSettings, check_tenants
+from meterlib.settings import GatewaySettings, TenantSettings, TokenSettings, check_tenants, tokens_of
 
 HASH = hash_of("ml_x")
 NUMBERS = {field.name: field.default for field in msgspec.structs.fields(GatewaySettings) if type(field.default) is int}
@@ -34,7 +35,7 @@ def refused(tmp_path: Path, text: str) -> PolicyError:
     return raised.value
 
 
-@pytest.mark.parametrize("kind", [GatewaySettings, TenantSettings])
+@pytest.mark.parametrize("kind", [GatewaySettings, TenantSettings, TokenSettings])
 def test_every_setting_is_documented(kind: type[msgspec.Struct]) -> None:
     """In the order in which they stand, and none that is not there."""
     documented = re.findall(r"^        ([a-z_]+): ", kind.__doc__ or "", re.MULTILINE)
@@ -205,6 +206,9 @@ def test_an_unknown_setting_of_a_tenant_names_the_nearest(tmp_path: Path) -> Non
         ([{"tokens": [HASH.upper()]}], "tenant[0].tokens[0]"),
         ([{"tokens": [HASH, HASH]}], "tenant[0].tokens[1]"),
         ([{"tokens": [HASH]}, {"tokens": [HASH]}], "tenant[1].tokens[0]"),
+        ([{"tokens": [TokenSettings(hash=CANARY)]}], "tenant[0].tokens[0]"),
+        ([{"tokens": [HASH, TokenSettings(hash=HASH)]}], "tenant[0].tokens[1]"),
+        ([{"tokens": [TokenSettings(hash=HASH, expires=datetime(2027, 1, 31))]}], "tenant[0].tokens[0].expires"),
         ([{"upstream_key_env": CANARY}], "tenant[0].upstream_key_env"),
         ([{"tokens": [HASH], "funding": "own"}], "tenant[0].upstream_key_env"),
         ([{"models": ["a b"]}], "tenant[0].models[0]"),
@@ -227,7 +231,9 @@ SECRETS = {
     "gateway.provider": f'[gateway]\nprovider = "{CANARY}"\n',
     "tenant[0].tokens": f'[[tenant]]\nname = "a"\ntokens = "{CANARY}"\n',
     "tenant[0].tokens[0]": f'[[tenant]]\nname = "a"\ntokens = ["{CANARY}"]\n',
-    "tenant[0].tokens[0] ": f'[[tenant]]\nname = "a"\ntokens = [{{ token = "{CANARY}" }}]\n',
+    "tenant[0].tokens[0].token": f'[[tenant]]\nname = "a"\ntokens = [{{ token = "{CANARY}" }}]\n',
+    "tenant[0].tokens[0] ": f'[[tenant]]\nname = "a"\ntokens = [{{ hash = "{CANARY}" }}]\n',
+    "tenant[0].tokens[0].hash": f'[[tenant]]\nname = "a"\ntokens = [{{ hash = ["{CANARY}"] }}]\n',
     "tenant[0].upstream_key_env": f'[[tenant]]\nname = "a"\nupstream_key_env = "{CANARY}"\n',
     "tenant[0].upstream_key": f'[[tenant]]\nname = "a"\nupstream_key = "{CANARY}"\n',
     "gateway.api_key": f'[gateway]\napi_key = "{CANARY}"\n',
@@ -235,6 +241,26 @@ SECRETS = {
     "store.url ": f'[store]\nurl = ["{CANARY}"]\n',
     "": f'[gateway]\napi_key = "{CANARY}\n',
 }
+
+
+@pytest.mark.parametrize(
+    ("expires", "problem"),
+    [
+        ("2027-01-31", "a time such as 2027-01-31T00:00:00Z is needed, not a date"),
+        ("2027-01-31T00:00:00", "a time with its offset from UTC is needed, such as 2027-01-31T00:00:00Z"),
+        ('"90d"', "a time such as 2027-01-31T00:00:00Z is needed, not text"),
+        ("90", "a time such as 2027-01-31T00:00:00Z is needed, not a whole number"),
+    ],
+)
+def test_a_token_expires_at_a_moment(tmp_path: Path, expires: str, problem: str) -> None:
+    """A day without a zone would be another moment on another machine."""
+    told = '[[tenant]]\nname = "a"\nquotas = {}\ntokens = [{ hash = "' + HASH + '", expires = %s }]\n'
+
+    error = refused(tmp_path, told % expires)
+    assert ("tenant[0].tokens[0].expires", True) == (error.path, problem in str(error))
+
+    (tenant,) = loaded(tmp_path, told % "2027-01-31T01:00:00+01:00").tenant
+    assert [TokenSettings(hash=HASH, expires=datetime(2027, 1, 31, tzinfo=UTC))] == tokens_of(tenant)
 
 
 @pytest.mark.parametrize("path", SECRETS)

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -157,6 +157,22 @@ def test_answers_without_reader_are_waited_for_too() -> None:
         assert ("final", ALL, "gone") == (entry.quality, entry.usage, entry.facts["client"])
 
     run(use, HOSTED, limits=WIDE, shutdown_ms=20_000)
+
+
+def test_a_stop_before_the_provider_is_reached_costs_nothing(silent_port: int) -> None:
+    """They have not even agreed on a key to talk with: the hold is free, the request included."""
+
+    async def use(world: World) -> None:
+        asking = asyncio.create_task(world.post(stream=True))
+        await until(lambda: world.gateway.open_calls)
+        world.gateway.stop_now()
+        with suppress(aiohttp.ClientError):
+            await asking
+        await ended(world, kinds={"cancelled": 1})
+
+        assert {0} == {limit.used for limit in await world.meter.peek("acme", {"provider": "anthropic"})}
+
+    run(use, HOSTED, limits=WIDE, upstream=f"https://127.0.0.1:{silent_port}")
 
 
 @pytest.mark.parametrize("place", ["before the head", "in the middle"])
@@ -326,6 +342,13 @@ def test_what_interrupts_a_cancellation_does_not_undo_it(
         await ended(world, kinds={"cancelled": 2})
 
     with_store(use, valkey, upstream=f"http://127.0.0.1:{unused_port}")
+
+
+@pytest.fixture
+def silent_port() -> Iterator[int]:
+    """Where connections are accepted by the system, and nobody ever says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        yield silent.getsockname()[1]
 
 
 @pytest.fixture

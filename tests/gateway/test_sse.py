@@ -213,6 +213,70 @@ def test_how_a_stream_is_cut_never_changes_its_usage(
     assert state(read(stream)) == state(read(stream, cuts))
 
 
+ways_to_write = st.sampled_from(
+    [
+        "event: {name}\ndata: {data}\n\n",
+        "event: {name}\ndata: {data}\n\n",
+        "event:{name}\ndata:{data}\n\n",
+        "data: {data}\nevent: {name}\n\n",
+        "data: {data}\nevent: {name}\ndata: \n\n",
+        "data: {data}\n\n",
+        "event: {name}\n: well\ndata: {data}\n\n",
+        "event: {name}\nid: 1\ndata: {data}\n\n\n",
+        "event: {name}\r\ndata: {data}\r\n\r\n",
+        "event: {name}\ndata: {data}\r\n\n",
+        "event: {name}\ndata: {data}\r\r",
+        ": nothing\n\nevent: {name}\ndata: {data}\n\n",
+        "\ufeffevent: {name}\ndata: {data}\n\n",
+    ]
+)
+
+
+@given(written=st.lists(st.tuples(events, ways_to_write), max_size=12), cuts=cut_lists)
+def test_how_events_are_written_is_no_matter(written: list[tuple[dict[str, Any], str]], cuts: list[int]) -> None:
+    """Most are read at a glance, in the way that the provider writes them. Those between them must not suffer from it.
+
+    Byte by byte, none comes in one piece, and each is read the long way.
+    """
+    stream = "".join([way.format(name=event["type"], data=json.dumps(event)) for event, way in written]).encode()
+    long_way = read(stream, range(len(stream)))
+
+    assert state(long_way) == state(read(stream)) == state(read(stream, cuts))
+    assert long_way.concluded == read(stream).concluded == read(stream, cuts).concluded
+
+
+@pytest.mark.parametrize("in_bytes", [False, True])
+def test_text_behind_what_looked_like_the_end_shows_that_it_was_not(in_bytes: bool) -> None:
+    """An answer is only given the end that it lacks if nothing came behind its numbers."""
+    concluded, goes_on = wire(start(input_tokens=1), delta(output_tokens=1)), wire(text("more"))
+
+    assert read(concluded).concluded
+    assert not read(concluded + goes_on, range(500) if in_bytes else ()).concluded
+
+
+def test_what_looks_like_an_event_may_be_the_rest_of_one() -> None:
+    """A network may cut where its second half has all that a whole one has."""
+    first, rest = b"data: %b\n" % json.dumps(start(input_tokens=5)).encode(), b"event: message_start\ndata: \n\n"
+
+    for cuts in ([], [len(first)]):
+        usage_stream = UsageStream()
+        for piece in pieces(first + rest, cuts):
+            usage_stream.feed(piece)
+
+        assert (True, 5) == (usage_stream.between_events, usage_stream.usage.input_tokens)
+
+
+@pytest.mark.parametrize("in_bytes", [False, True])
+def test_a_start_that_is_too_large_is_left_out_however_it_comes(in_bytes: bool) -> None:
+    """Nobody is to make the gateway read what is larger than anything real."""
+    stream = wire(start("m" * 300, input_tokens=1), {"type": "ping"}, delta(output_tokens=7))
+    usage_stream = UsageStream(event_bytes_max=250)
+    for piece in pieces(stream, range(len(stream)) if in_bytes else ()):
+        usage_stream.feed(piece)
+
+    assert (False, 7) == (usage_stream.started, usage_stream.usage.output_tokens)
+
+
 @given(stream=streams | st.binary(), cuts=cut_lists)
 def test_no_bytes_make_it_fail(stream: bytes, cuts: list[int]) -> None:
     """The client's answer goes on, whatever the provider sent."""

@@ -101,10 +101,12 @@ class Wire:
 
 
 @asynccontextmanager
-async def connected(url: str) -> AsyncIterator[Wire]:
-    """A connection to the gateway, while the context lasts."""
+async def connected(url: str, local: str | None = None) -> AsyncIterator[Wire]:
+    """A connection to the gateway, from an address of this machine, while the context lasts."""
     host, _, port = url.removeprefix("http://").split("/")[0].rpartition(":")
-    reader, writer = await asyncio.open_connection(host, int(port), limit=1 << 22)
+    reader, writer = await asyncio.open_connection(
+        host, int(port), limit=1 << 22, local_addr=(local, 0) if local else None
+    )
     try:
         yield Wire(reader, writer)
     finally:

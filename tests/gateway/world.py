@@ -171,7 +171,8 @@ async def a_world(
         usual = {"listen": "127.0.0.1:0", "base_path": BASE, "upstream": provider.url, "shutdown_ms": 0}
         told: dict[str, Any] = usual | settings
         configured = GatewaySettings(**told)
-        callers = Callers(configured, tenants, {"ANTHROPIC_API_KEY": PROVIDER_KEY, "OWN": OWN_KEY}, bytes(32))
+        environment = {"ANTHROPIC_API_KEY": PROVIDER_KEY, "OWN": OWN_KEY}
+        callers = Callers(configured, tenants, environment, bytes(32), lambda: clock.now_ms / 1000)
         meter = AsyncMeter.connect(store, policy, options=options, clock=clock, journal=journal)
         counted = any(limit.unit == COST for limit in limits)
         gateway = Gateway(
