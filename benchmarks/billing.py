@@ -1,11 +1,12 @@
 """What bills cost: entries as a gateway books them, from a real server into an archive, rated, reported, and checked.
 
-    python -m benchmarks.billing                    200,000 entries
-    python -m benchmarks.billing --entries 10000000 --rounds 1
+    python -m benchmarks.billing                                200,000 entries
+    python -m benchmarks.billing --entries 10000000 --rounds 1  a quarter of an hour, 3 GB of disk
 
 The server is filled by XADD with the very fields that the scripts write, since booking so many calls one by one would
-take longer than all that is measured. Each step runs in a process of its own, whose memory is told with it. Times
-depend on the machine and on what else it does; the CPU time of the process depends on that less.
+take longer than all that is measured. It never holds more than 2.5 million of them: they are exported in turns, and
+what is exported is trimmed; of this, exporting alone is timed. Each step runs in a process of its own, whose memory is
+told with it. Times depend on the machine and on what else it does; the CPU time of the process depends on that less.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,23 +36,26 @@ from meterlib.billing.prices.prices import PriceBooks
 from meterlib.billing.prices.terms import LIST
 from meterlib.billing.reports.answers import Reader
 from meterlib.billing.reports.cost import cost_report
+from meterlib.billing.reports.evidence import unknown_names
 from meterlib.billing.reports.query import Query
 from meterlib.billing.reports.usage import usage_report
 from meterlib.core.ledger import CallFacts, Outcome, counts_of, digest_of, encode
 from meterlib.core.usage import CacheCreation
 from meterlib.store.keys import shard_keys
-from tests.support.servers import available, start_server
+from tests.support.servers import Server, available, start_server
 
 START_MS = 1_790_000_000_000
 EPOCH = f"{START_MS - 1000:013d}"
 MODELS = ("claude-sonnet-4-5", "claude-haiku-4-5", "claude-opus-4-5", "claude-sonnet-5-5")
 TENANTS, KEYS, SESSIONS = 40, 100, 2_000
 FILLED_AT_ONCE = 2_000
+TURN = 2_500_000
+"""Entries that the server holds at most: some 900 MB."""
 REPORTS = {
-    "usage by tenant": (usage_report, ("tenant",)),
-    "cost by tenant": (cost_report, ("tenant",)),
-    "usage by tenant, model, local day": (usage_report, ("tenant", "model", "day")),
-    "cost by tenant, model, local day": (cost_report, ("tenant", "model", "day")),
+    "usage by tenant": ("usage", ("tenant",)),
+    "cost by tenant": ("cost", ("tenant",)),
+    "usage by tenant, model, local day": ("usage", ("tenant", "model", "day")),
+    "cost by tenant, model, local day": ("cost", ("tenant", "model", "day")),
 }
 TZ = "Europe/Berlin"
 Figures = Mapping[str, float]
@@ -115,14 +120,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _measured(folder: Path, count: int, rounds: int) -> dict[str, Figures]:
     """What each step took, by its name."""
-    with _filled(folder, count) as url:
-        found = {"export": _best([_alone(_exported, folder / str(at), url) for at in range(rounds)])}
     archives = [folder / str(at) for at in range(rounds)]
-    found["rate"] = _best([_alone(_rated, archive) for archive in archives])
-    found["verify entries"] = _best([_alone(_verified, archives[0]) for _ in range(rounds)])
+    found = {"export": _best(_exports(folder, count, archives))}
+    found["rate"] = _best([_step("rating", _rated, archive) for archive in archives])
+    found["verify entries"] = _best([_step("verifying", _verified, archives[0]) for _ in range(rounds)])
     for name in REPORTS:
-        found[name] = _best([_alone(_reported, archives[0], name) for _ in range(rounds)])
+        found[name] = _best([_step(f"report of {name}", _reported, archives[0], name) for _ in range(rounds)])
+    _tell("")
     return found
+
+
+def _exports(folder: Path, count: int, archives: Sequence[Path]) -> list[Figures]:
+    """What the export into each archive took, in turns."""
+    turns: list[list[Figures]] = [[] for _ in archives]
+    ledger, more = shard_keys("meterlib", 0)[3], enumerate(entries(count), 1)
+    with _server(folder) as server, server.client() as client:
+        for first in range(1, count + 1, TURN):
+            end = min(first + TURN - 1, count)
+            _fill(client, ledger, islice(more, TURN), count)
+            for archive, figures in zip(archives, turns, strict=True):
+                figures.append(_step(f"exporting up to {end:,} of {count:,}", _exported, archive, server.url))
+            client.xtrim(ledger, minid=f"{end}-0", approximate=False)  # by the last one an export knows where it is
+    return [_of_turns(figures) for figures in turns]
+
+
+def _of_turns(turns: Sequence[Figures]) -> Figures:
+    exported, took_s, used_s = (sum(turn[name] for turn in turns) for name in ("entries", "seconds", "cpu_s"))
+    rss_mb = max(turn["rss_mb_max"] for turn in turns)
+    return {**_figures(int(exported), took_s, used_s), "bytes_each": turns[-1]["bytes_each"], "rss_mb_max": rss_mb}
+
+
+def _tell(doing: str) -> None:
+    """Say what is being done, where somebody looks."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{doing}", end="", file=sys.stderr, flush=True)
+
+
+def _step(doing: str, step: Callable[..., Figures], *arguments: object) -> Figures:
+    _tell(doing)
+    return _alone(step, *arguments)
 
 
 def _best(runs: Sequence[Figures]) -> Figures:
@@ -149,22 +185,21 @@ def _run(pipe: Any, step: Callable[..., Figures], arguments: Sequence[Any]) -> N
 
 
 @contextmanager
-def _filled(folder: Path, count: int) -> Iterator[str]:
-    """The URL of a server of its own that has so many entries in one shard."""
+def _server(folder: Path) -> Iterator[Server]:
+    """A server of its own."""
     kind = "valkey" if available("valkey") is None else "redis"
-    ledger = shard_keys("meterlib", 0)[3]
-    with start_server(folder / "server", kind) as server, server.client() as client:
+    with start_server(folder / "server", kind) as server:
+        yield server
+
+
+def _fill(client: Any, ledger: str, more: Iterator[tuple[int, Any]], count: int) -> None:
+    """Append entries to the ledger of one shard."""
+    while part := list(islice(more, FILLED_AT_ONCE)):
         with client.pipeline(transaction=False) as pipeline:
-            for n, fields in enumerate(entries(count), 1):
+            for n, fields in part:
                 pipeline.xadd(ledger, fields, id=f"{n}-0")
-                if n % FILLED_AT_ONCE == 0:
-                    pipeline.execute()
-                    if sys.stderr.isatty():
-                        print(f"\rfilling the server: {n:,} of {count:,}", end="", file=sys.stderr, flush=True)
             pipeline.execute()
-        if sys.stderr.isatty():
-            print("\r\033[K", end="", file=sys.stderr)
-        yield server.url
+        _tell(f"filling the server: {part[-1][0]:,} of {count:,}")
 
 
 def _exported(path: Path, url: str) -> Figures:
@@ -176,8 +211,10 @@ def _exported(path: Path, url: str) -> Figures:
         took_s, used_s = time.perf_counter() - began_s, time.process_time() - cpu_s
         if exported.problem is not None:
             raise exported.problem
-        size = sum(archive.file(segment).stat().st_size for segment in archive.segments(0))
-    return {**_figures(exported.entries, took_s, used_s), "bytes_each": round(size / exported.entries, 1)}
+        segments = archive.segments(0)
+        size = sum(archive.file(segment).stat().st_size for segment in segments)
+    each = round(size / segments[-1].last, 1)
+    return {"entries": exported.entries, "seconds": took_s, "cpu_s": used_s, "bytes_each": each}
 
 
 def _rated(path: Path) -> Figures:
@@ -203,11 +240,15 @@ def _verified(path: Path) -> Figures:
 
 def _reported(path: Path, name: str) -> Figures:
     """A report from the opening of the archive to its last row."""
-    made, by = REPORTS[name]
+    kind, by = REPORTS[name]
+    query = Query(by=by, tz=TZ)
     with Archive(path) as archive:
         began_s, cpu_s = time.perf_counter(), time.process_time()
-        with Reader(Postings(archive)) as reader:
-            rows = len(list(made(reader, Query(by=by, tz=TZ)).rows()))
+        postings = Postings(archive)
+        with Reader(postings) as reader:
+            cost = kind == "cost"
+            answer = cost_report(reader, query) if cost else usage_report(reader, query, unknown_names(postings))
+            rows = len(list(answer.rows()))
         took_s, used_s = time.perf_counter() - began_s, time.process_time() - cpu_s
     return {"seconds": round(took_s, 2), "cpu_s": round(used_s, 2), "rows": rows}
 

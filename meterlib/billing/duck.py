@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from errno import EIO
+from errno import EIO, ENOSPC
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 MEMORY_MAX = "512MB"
+_FILE = re.compile(r'file \\?"([^"\\]+)')
 
 
 def connect(scratch: Path | None = None) -> DuckDBPyConnection:
@@ -54,7 +56,10 @@ def disk_errors() -> Iterator[None]:
     try:
         yield
     except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
-        raise OSError(EIO, str(error).partition("\n")[0]) from None
+        text = str(error).partition("\n")[0]
+        if "No space left on device" in text:  # of which DuckDB tells at length
+            raise OSError(ENOSPC, "No space left on device", *_FILE.findall(text)[:1]) from None
+        raise OSError(EIO, text) from None
 
 
 def quoted(text: str | Path) -> str:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 
 import structlog
 
@@ -95,9 +96,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"meterlib: {error.encoding} cannot encode {shown}; set PYTHONIOENCODING=utf-8", file=sys.stderr)
         return FAILURE
     except OSError as error:
-        print(f"meterlib: {error}", file=sys.stderr)
+        print(f"meterlib: {_said(error)}", file=sys.stderr)
         return FAILURE
     return code
+
+
+def _said(error: OSError) -> str:
+    """What is wrong with which file; in the place of a temporary one, which nobody knows, stands its folder."""
+    path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else Path()
+    for made in (path, *path.parents):
+        if made.name.startswith(".work-") or (made is path and made.name.startswith(".")):
+            return f"[Errno {error.errno}] {error.strerror}: nothing can be written to {str(made.parent)!r}"
+    return str(error)
 
 
 def _run(words: Sequence[str]) -> int:

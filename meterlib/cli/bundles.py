@@ -23,15 +23,15 @@ from meterlib.config import Config
 from meterlib.errors import InvalidInput
 
 
-def write(path: Path, postings: Postings, invoice: Invoice, config: Config) -> BundleManifest:
-    """Write an invoice with all that is needed to check it.
-
-    Raises:
-        InvalidInput: no file can be there.
-    """
+def check_place_of(path: Path) -> None:
+    """Raise InvalidInput unless a bundle can be written there."""
     check_place("--bundle", path)
     if path.exists() and not path.is_file():
         raise InvalidInput("--bundle", f"{path} is no file")
+
+
+def write(path: Path, postings: Postings, invoice: Invoice, config: Config) -> BundleManifest:
+    """Write an invoice with all that is needed to check it."""
     with TemporaryDirectory(prefix="meterlib-bundle-") as scratch:
         database = duck.connect(Path(scratch))
         try:
@@ -42,8 +42,8 @@ def write(path: Path, postings: Postings, invoice: Invoice, config: Config) -> B
 
 def check(path: Path, as_json: bool) -> int:
     """Check a bundle and say what was found; returns the exit code."""
-    with Progress("checking rows", 0) as progress:
-        found = verify_bundle(path, progress.advance)
+    with Progress("checking rows") as progress:
+        found = verify_bundle(path, progress.advance, progress.expect)
     if as_json:
         print(json.dumps({"bundle": str(path), "ok": not found.problems, **msgspec.to_builtins(found)}, indent=2))
     else:

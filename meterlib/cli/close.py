@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Sequence
 from decimal import Decimal
-from pathlib import Path
 
 import msgspec
 
@@ -17,13 +16,15 @@ from meterlib.billing.postings.closes import Close, file_of
 from meterlib.billing.postings.closing import Closing, Word, word_of
 from meterlib.billing.postings.postings import Postings
 from meterlib.cli.exits import INCOMPLETE, INTEGRITY, OK
-from meterlib.cli.options import add_config, add_json
+from meterlib.cli.options import add_archive, add_config, add_json, archive_folder, whole_number
+from meterlib.cli.progress import Phases
 from meterlib.cli.store import opened
 from meterlib.cli.tables import Column, print_table
 from meterlib.cli.times import at_text
 from meterlib.config import Config
 from meterlib.core.money import ZERO, plain, plus
 from meterlib.errors import InvalidInput
+from meterlib.store.journal import Journal
 
 HELP = """\
 Close a month: write down, once and for good, how far each shard goes in it and
@@ -40,10 +41,14 @@ in it is exported and rated. With --offline the store is not asked: then every
 shard must have an archived entry that was booked after the month, which proves
 the same, since times of a ledger never go back. What it cannot prove is that the
 store still has the ledger that was archived.
+
+Settlements that wait in the journal of the settings are told of; --strict does not
+close a month before they are booked. Journals on other machines are not looked at.
 ---
 examples:
   meterlib close 2026-10
-  meterlib close 2026-10 --strict       only if every row of it has a price
+  meterlib close 2026-10 --strict       only if every row of it has a price, and
+                                        no settlement waits
   meterlib close --list                 the periods that are closed
 
 exit codes: 0 ok, or closed already; 2 wrong usage or configuration; 3 the period
@@ -57,8 +62,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("period", nargs="?", metavar="PERIOD", help="a month, such as 2026-10")
     parser.add_argument("--list", action="store_true", help="show the periods that are closed")
     parser.add_argument("--offline", action="store_true", help="do not ask the store")
-    parser.add_argument("--strict", action="store_true", help="do not close it while rows have no price")
-    parser.add_argument("--archive", metavar="DIR", help="another archive than that of the settings")
+    parser.add_argument(
+        "--retired", action="append", type=whole_number, default=[], metavar="SHARD",
+        help="nothing of this shard is still to come: it is of a store that had more of them; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--strict", action="store_true", help="do not close it while rows have no price, or settlements wait"
+    )
+    add_archive(parser)
     add_json(parser)
     add_config(parser)
 
@@ -66,27 +77,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Close a period, or list those that are closed; returns the exit code."""
     config = Config.find(arguments.config)
-    path = Path(config.billing.archive if arguments.archive is None else arguments.archive)
     if arguments.list == (arguments.period is not None):
         raise InvalidInput("PERIOD", "name one month, such as 2026-10, or give --list")
-    if not path.is_dir():
-        raise InvalidInput("archive", f"there is no folder {path}; `meterlib export run` makes it")
+    for shard in arguments.retired:
+        if shard < config.store.shards:
+            raise InvalidInput("--retired", f"the store has shard {shard}: [store] shards is {config.store.shards}")
+    path = archive_folder(arguments, config)
     with Archive(path, config.billing.segment_entries) as archive:
-        return _list(archive, config, arguments) if arguments.list else _close(archive, config, arguments)
+        if arguments.list:
+            return _list(archive, config, arguments)
+        with Phases() as phases:
+            return _close(archive, config, arguments, phases)
 
 
-def _close(archive: Archive, config: Config, arguments: argparse.Namespace) -> int:
+def _close(archive: Archive, config: Config, arguments: argparse.Namespace, phases: Phases) -> int:
+    phases("looking at the archive's files")
     closing = Closing(Postings(archive, config.billing.tz), arguments.period)
     if closing.standing is not None:
-        return _closed_already(archive, closing, closing.standing, arguments)
-    words = None if arguments.offline else _words(archive, config, arguments)
+        phases(f"adding up {closing.standing.period} again")
+        differences = closing.differences()
+        phases.done()
+        return _closed_already(archive, differences, closing.standing, arguments)
+    words = None if arguments.offline else _words(archive, config, arguments, phases)
+    phases(f"adding up {arguments.period}")
     closing = Closing(Postings(archive, config.billing.tz), arguments.period)  # as it is after the store's word
-    hindrances = closing.hindrances(words, config.store.shards)
+    hindrances = closing.hindrances(words, config.store.shards, arguments.retired)
     if not hindrances:
         close = closing.drawn_up(time.time_ns() // 1_000_000, "archive" if arguments.offline else "store")
-        if not (arguments.strict and close.unpriced):
-            return _tell(archive, closing.write(close), arguments)
-        hindrances = [f"{close.unpriced:,} rows of it have no price"]
+        waiting = _waiting(config)
+        if not (arguments.strict and (close.unpriced or waiting)):
+            close = closing.write(close)
+            phases.done()
+            for warning in waiting:
+                print(f"meterlib: warning: {warning}", file=sys.stderr)
+            return _tell(archive, close, arguments)
+        hindrances = [f"{close.unpriced:,} rows of it have no price"] if close.unpriced else []
+        hindrances += waiting
+    phases.done()
     if arguments.json:
         print(json.dumps({"period": arguments.period, "closed": False, "hindrances": hindrances}, indent=2))
     for hindrance in hindrances:
@@ -94,14 +121,31 @@ def _close(archive: Archive, config: Config, arguments: argparse.Namespace) -> i
     return INCOMPLETE
 
 
-def _words(archive: Archive, config: Config, arguments: argparse.Namespace) -> list[Word]:
+def _waiting(config: Config) -> list[str]:
+    """What is to be said of settlements that no ledger has yet.
+
+    They are booked when they are replayed: in a later month, whether this one is closed before that or after it.
+    """
+    journal = config.journal
+    if journal is None:
+        return []
+    try:
+        count = len(Journal(journal).waiting())
+    except OSError as error:
+        return [f"the journal {journal} cannot be read: {error.strerror}"]
+    told = "it is not in the ledger yet, and will be of a later month; a running meter with this journal books it"
+    return [f"usage of {count:,} calls waits in {journal}: {told}"] if count else []
+
+
+def _words(archive: Archive, config: Config, arguments: argparse.Namespace, phases: Phases) -> list[Word]:
+    phases("asking the store whether anything of it is still to come")
     with opened(config, arguments.config) as store:
         clocks = [store.clock_ms(shard) for shard in range(store.shards)]
         return [word_of(archive, store.run, shard, clock_ms) for shard, clock_ms in enumerate(clocks)]
 
 
-def _closed_already(archive: Archive, closing: Closing, close: Close, arguments: argparse.Namespace) -> int:
-    if differences := closing.differences():
+def _closed_already(archive: Archive, differences: Sequence[str], close: Close, arguments: argparse.Namespace) -> int:
+    if differences:
         file = file_of(archive.path, close.period)
         told = ", ".join(differences)
         print(f"meterlib: {file} is not what the archive says now: {told} differ", file=sys.stderr)

@@ -19,8 +19,8 @@ from meterlib.billing.export.start import Start
 from meterlib.billing.export.trim import trim
 from meterlib.billing.postings.rater import Rated
 from meterlib.cli.exits import FAILURE, INTEGRITY, OK
-from meterlib.cli.options import add_config, add_json, whole_number
-from meterlib.cli.progress import Progress
+from meterlib.cli.options import add_archive, add_config, add_json, whole_number
+from meterlib.cli.progress import Phases, Progress
 from meterlib.cli.rate import document_of, line_of, rate_archive
 from meterlib.cli.sinks import check_none_is_missing, opened_sinks
 from meterlib.cli.store import Store, opened
@@ -132,7 +132,7 @@ def _action(actions: Any, name: str, summary: str, description: str) -> argparse
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--archive", metavar="DIR", help="another archive than that of the settings")
+    add_archive(parser)
     add_json(parser)
     add_config(parser)
     return parser
@@ -428,7 +428,11 @@ def _print_status(archive: Archive, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _compact(archive: Archive, sinks: list[Sink[Any]], config: Config, arguments: argparse.Namespace) -> int:
-    removed = {shard: archive.compact(shard, pieces_max=1) for shard in archive.shards()}
+    removed = {}
+    with Phases() as phases:
+        for shard in archive.shards():
+            phases(f"joining files of shard {shard}")
+            removed[shard] = archive.compact(shard, pieces_max=1)
     files = sum(len(archive.listed(shard)) for shard in archive.shards())
     if arguments.json:
         print(json.dumps({"archive": str(archive.path), "removed": sum(removed.values()), "files": files}))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
+from meterlib.config import Config
 from meterlib.core.periods import zone
 from meterlib.errors import InvalidInput
 
@@ -17,6 +19,29 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", metavar="FILE", help="the settings; by default meterlib.toml in this folder, if there is one"
     )
+
+
+def add_archive(parser: argparse.ArgumentParser) -> None:
+    """Add `--archive DIR`."""
+    parser.add_argument("--archive", metavar="DIR", help="another archive than that of the settings")
+
+
+def archive_folder(arguments: argparse.Namespace, config: Config) -> Path:
+    """The folder of the archive that is asked for. One that was just made, and holds nothing yet, will do.
+
+    Raises:
+        InvalidInput: it is none; the message says which option or setting leads there.
+    """
+    named, folder = "--archive", arguments.archive
+    if folder is None:
+        named, folder = "[billing] archive", config.billing.archive
+    path = Path(folder)
+    if not path.is_dir():
+        problem = f"there is no archive {path}: `meterlib export run` makes it, `meterlib report` asks the store"
+        raise InvalidInput(named, problem)
+    if folder == "" or (not any(path.glob("shard-*")) and any(path.iterdir())):
+        raise InvalidInput(named, f"{str(folder)!r} is no archive: it has no shard-0000 or the like")
+    return path
 
 
 def add_json(parser: argparse.ArgumentParser, meaning: str = "print JSON for programs") -> None:

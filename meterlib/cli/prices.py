@@ -314,6 +314,7 @@ def _replace(target: Path, data: bytes) -> None:
             os.fsync(stream.fileno())
         Path(name).chmod(0o644)
         Path(name).replace(target)
-    except BaseException:
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(target)) from error
+    finally:
         Path(name).unlink(missing_ok=True)
-        raise

@@ -7,7 +7,6 @@ import json
 import sys
 import time
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -22,7 +21,7 @@ from meterlib.billing.prices.prices import PriceBooks
 from meterlib.billing.prices.pricing import TermsBook, books_of
 from meterlib.billing.rating.rated import COSTS
 from meterlib.cli.exits import FAILURE, OK
-from meterlib.cli.options import add_config, add_json, moment_ms
+from meterlib.cli.options import add_archive, add_config, add_json, archive_folder, moment_ms
 from meterlib.cli.progress import Progress
 from meterlib.cli.tables import Column, print_table
 from meterlib.config import Config
@@ -58,7 +57,7 @@ CLAUDE, GENAI = "claude", "genai-prices"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `meterlib rate`."""
-    parser.add_argument("--archive", metavar="DIR", help="another archive than that of the settings")
+    add_archive(parser)
     parser.add_argument(
         "--book", metavar="FILE|NAME",
         help=f"rate again by this book in the place of yours; {CLAUDE} and {GENAI} mean these alone",
@@ -78,9 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
         for option in ("since", "until", "yes", "dry_run"):
             if getattr(arguments, option):
                 raise InvalidInput(f"--{option.replace('_', '-')}", "goes with --book")
-    path = Path(config.billing.archive if arguments.archive is None else arguments.archive)
-    if not path.is_dir():
-        raise InvalidInput("archive", f"there is no folder {path}; `meterlib export run` makes it")
+    path = archive_folder(arguments, config)
     with Archive(path, config.billing.segment_entries) as archive:
         return _rate(archive, config, arguments) if arguments.book is None else _rate_again(archive, config, arguments)
 
@@ -137,6 +134,8 @@ def _rate_again(archive: Archive, config: Config, arguments: argparse.Namespace)
         None if (text := getattr(arguments, name)) is None else moment_ms(text, config.billing.tz, f"--{name}")
         for name in ("since", "until")
     )
+    if since_ms is not None and until_ms is not None and until_ms <= since_ms:
+        raise InvalidInput("--until", f"{arguments.until} is not after --since {arguments.since}")
     prices = prices_of(config, _books(config, arguments.book))
     postings = Postings(archive, config.billing.tz)
     total = sum(file.segment.last - file.segment.first + 1 for files in postings.rated.values() for file in files)

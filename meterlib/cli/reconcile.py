@@ -22,11 +22,11 @@ from meterlib.billing.reconcile.money import MoneyDifference
 from meterlib.billing.reconcile.reconcile import CAUSES, Cause, Difference, Evidence
 from meterlib.billing.reconcile.reconciliation import HARMLESS, Reconciliation, Sides, reconcile
 from meterlib.cli.exits import OK, OUTSIDE_TOLERANCE
-from meterlib.cli.options import add_config, moment_ms, whole_number
+from meterlib.cli.options import add_archive, add_config, archive_folder, moment_ms, whole_number
+from meterlib.cli.progress import Phases
 from meterlib.cli.tables import Column, print_table
 from meterlib.config import Config
 from meterlib.core.money import EXACT, ZERO, plain
-from meterlib.errors import InvalidInput
 
 HELP = """\
 Compare the archive with the provider's usage and cost reports, from files, and
@@ -106,7 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="differences of this cause do not count against the tolerance, as timing never does; may be repeated",
     )  # fmt: skip
     parser.add_argument("--format", choices=("table", "json", "csv"), default="table", help="default: table")
-    parser.add_argument("--archive", metavar="DIR", help="another archive than that of the settings")
+    add_archive(parser)
     add_config(parser)
 
 
@@ -123,24 +123,13 @@ def _decimal(text: str) -> Decimal:
 def run(arguments: argparse.Namespace) -> int:
     """Compare and print; returns the exit code."""
     config = Config.find(arguments.config)
-    path = Path(config.billing.archive if arguments.archive is None else arguments.archive)
-    if not path.is_dir():
-        raise InvalidInput("--archive", f"there is no archive {path}; `meterlib export run` makes it")
-    told = read_reports(map(Path, arguments.provider_file))
-    ids = IdMap({}, {}) if arguments.map is None else IdMap.load(Path(arguments.map))
-    sides = Sides(
-        told=told,
-        scope=Scope(provider=arguments.provider, payer=arguments.funding, ids=ids),
-        since_ms=None if arguments.since is None else moment_ms(arguments.since, "UTC", "--since"),
-        until_ms=None if arguments.until is None else moment_ms(arguments.until, "UTC", "--until"),
-    )
-    with Archive(path, config.billing.segment_entries) as archive, TemporaryDirectory() as scratch:
+    path = archive_folder(arguments, config)
+    with Phases() as phases, Archive(path, config.billing.segment_entries) as archive:
+        phases("reading the provider's reports")
+        sides = _sides(arguments)
+        phases("looking at the archive's files")
         postings = Postings(archive, config.billing.tz)
-        database = duck.connect(Path(scratch))
-        try:
-            found = reconcile(database, postings.entries_sql(), postings.rows_sql(), sides)
-        finally:
-            database.close()
+        found = postings.steady(lambda: _reconciled(postings, sides, phases))
         behind = sum(postings.unrated().values())
     if behind:
         print(f"meterlib: {behind:,} archived entries are not rated yet: run `meterlib rate` first", file=sys.stderr)
@@ -148,6 +137,27 @@ def run(arguments: argparse.Namespace) -> int:
     print_as = {"table": _print_table, "json": _print_json, "csv": _print_csv}
     print_as[arguments.format](found, verdict)
     return OK if verdict.agrees else OUTSIDE_TOLERANCE
+
+
+def _sides(arguments: argparse.Namespace) -> Sides:
+    ids = IdMap({}, {}) if arguments.map is None else IdMap.load(Path(arguments.map))
+    return Sides(
+        told=read_reports(map(Path, arguments.provider_file)),
+        scope=Scope(provider=arguments.provider, payer=arguments.funding, ids=ids),
+        since_ms=None if arguments.since is None else moment_ms(arguments.since, "UTC", "--since"),
+        until_ms=None if arguments.until is None else moment_ms(arguments.until, "UTC", "--until"),
+    )
+
+
+def _reconciled(postings: Postings, sides: Sides, phases: Phases) -> Reconciliation:
+    """Both sides compared, in one look at the archive."""
+    phases(f"going through {postings.count():,} entries")
+    with TemporaryDirectory(prefix="meterlib-reconcile-") as scratch:
+        database = duck.connect(Path(scratch))
+        try:
+            return reconcile(database, postings.entries_sql(), postings.rows_sql(), sides, phases)
+        finally:
+            database.close()
 
 
 class _Verdict:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from meterlib.cli import reconcile, report_archive, report_live
+from meterlib.cli import reconcile, report_archive, report_live, report_options
 from meterlib.errors import InvalidInput
 
 HELP = """\
@@ -18,6 +18,7 @@ any more: the same archive gives the same bytes.
   cost        what that costs: list, contracted, billed and upstream, and margin
   invoice     what one tenant owes for a month, line by line
   limits      how good estimates were, and what was reserved and never settled
+  retries     which calls took several tries, and what the failed ones used
   reconcile   where the provider's own numbers differ, and why
 
 From the store, rows can be grouped by tenant, provider, model, kind, funding,
@@ -65,6 +66,7 @@ REPORTS = {
     "cost": "what it costs, from the archive",
     "invoice": "what a tenant owes for a month",
     "limits": "how good estimates were, from the archive",
+    "retries": "what was tried again, and what that used, from the archive",
     "reconcile": "where the provider's numbers differ, and why",
 }
 
@@ -74,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     report_live.add_arguments(parser)
     reports = parser.add_subparsers(dest="report", metavar="REPORT", title="reports")
     for name, summary in REPORTS.items():
-        text = reconcile.HELP if name == "reconcile" else report_archive.HELPS[name]
+        text = reconcile.HELP if name == "reconcile" else report_options.HELPS[name]
         description, _, epilog = (part.strip("\n") for part in text.partition("\n---\n"))
         own = reports.add_parser(
             name,
@@ -87,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if name == "reconcile":
             reconcile.add_arguments(own)
         else:
-            report_archive.add_arguments(own, name)
+            report_options.add_arguments(own, name)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -71,6 +71,7 @@ def evidence_lines(evidence: Evidence) -> list[str]:
 def _lines(evidence: Evidence) -> Iterable[str]:
     shards = evidence.shards
     whose = f"shard {shards[0].shard}" if len(shards) == 1 else f"{len(shards)} shards"
+    whose = whose if evidence.tenant is None else f"{evidence.tenant} in {whose}"
     count = f"{evidence.entries:,} {'entry' if evidence.entries == 1 else 'entries'}"
     missing = _missing(evidence)
     if evidence.complete:
@@ -84,20 +85,24 @@ def _lines(evidence: Evidence) -> Iterable[str]:
     yield from evidence.problems
     if used := [shard for shard in shards if shard.ranges]:
         yield f"entries by shard: {_ranges(used)}"
-    if evidence.open_reservations is None:
-        yield f"the store was not asked ({evidence.store}): what is not exported yet, and still open, is not known"
-    else:
-        yield (
-            f"open reservations {evidence.open_reservations:,} (their usage is not in yet), not exported 0"
-            if (not evidence.not_exported)
-            else f"open reservations {evidence.open_reservations:,} (their usage is not in yet)"
-        )
+    if stored := _stored(evidence):
+        yield stored
     yield (
         f"late {evidence.late:,}, expired {evidence.expired:,}, partial {evidence.partial:,},"
         f" estimated {evidence.estimated:,}, cache split not known {evidence.split_unknown:,},"
         f" not rated {evidence.not_rated:,}"
     )
     yield f"read: sha256 {evidence.digest}"
+
+
+def _stored(evidence: Evidence) -> str:
+    """What the store knows beyond the archive."""
+    if evidence.not_exported is None:
+        return f"the store was not asked ({evidence.store}): what is not exported yet, and still open, is not known"
+    told = [] if evidence.not_exported else ["not exported 0"]
+    if evidence.open_reservations is not None:
+        told.insert(0, f"open reservations {evidence.open_reservations:,} (their usage is not in yet)")
+    return ", ".join(told)
 
 
 def _missing(evidence: Evidence) -> list[str]:

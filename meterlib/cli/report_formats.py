@@ -107,16 +107,19 @@ def put(made: Path, file: str | None) -> None:
 
 
 def check_place(option: str, file: Path) -> None:
-    """Raises InvalidInput unless a file can have that name."""
+    """Raises InvalidInput unless a file can be written there; before anything is worked out that would go there."""
     if file.is_dir():
         raise InvalidInput(option, f"{file} is a folder; name a file in it")
     if not file.parent.is_dir():
         raise InvalidInput(option, f"there is no folder {file.parent}")
+    new = file.parent if not file.exists() or file.is_file() else file
+    if not os.access(new, os.W_OK):
+        raise InvalidInput(option, f"nothing can be written to {new}: permission denied")
 
 
 @contextmanager
 def whole_file(file: Path) -> Iterator[Path]:
-    """A file to be written, which gets its name when it is done, and is removed if that fails.
+    """A file to be written, which gets its name when it is done, and is removed if that fails; errors name the file.
 
     What is no file, such as `/dev/stdout` or a named pipe, is written to as it is: it must not become one.
     """
@@ -134,5 +137,7 @@ def whole_file(file: Path) -> Iterator[Path]:
         os.umask(umask)
         scratch.chmod(0o666 & ~umask)
         scratch.replace(file)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from error
     finally:
         scratch.unlink(missing_ok=True)

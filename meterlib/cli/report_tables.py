@@ -11,6 +11,7 @@ from meterlib.billing.reports.answers import Answer, Totals, Value
 from meterlib.billing.reports.answers import Column as Told
 from meterlib.billing.reports.denied import Denied
 from meterlib.billing.reports.query import COSTS
+from meterlib.billing.reports.retries import TOKENS
 from meterlib.cli.report_live import ALWAYS_SHOWN, HEADINGS
 from meterlib.cli.tables import Column, print_table
 from meterlib.cli.times import at_text
@@ -20,6 +21,7 @@ _ALWAYS = {
     "usage": ("quantity", *ALWAYS_SHOWN),
     "cost": ("quantity", *COSTS, "margin"),
     "limits": ("calls", "over", "overrun_percent", "median", "p95", "expired", "tokens_at_risk"),
+    "retries": ("calls", "retried", "tries", "gave_up_streaming", "unanswered", "extra_input_tokens"),
 }
 _HEADINGS = {
     **HEADINGS,
@@ -27,6 +29,8 @@ _HEADINGS = {
     **{cost: cost.removesuffix("_cost") for cost in COSTS},
     "overrun_percent": "overrun %",
     "tokens_at_risk": "tokens at risk",
+    "gave_up_streaming": "gave up streaming",
+    **{f"extra_{name}": f"extra {HEADINGS[name]}" for name in TOKENS},
 }
 _MONEY_DIGITS = 2
 

@@ -40,6 +40,18 @@ class ReadLedger(NamedTuple):
     limit: int
 
 
+class ReadPage(NamedTuple):
+    """The same entries for who reads millions of them; answered by a StoredPage."""
+
+    shard: int
+    after: int
+    limit: int
+
+
+StoredPage: TypeAlias = Sequence[tuple[bytes, Sequence[bytes]]]
+"""Entries as the server sends them: the stream's id, then names and values in turn."""
+
+
 class TrimLedger(NamedTuple):
     """Remove a shard's entries below number `below`; answered by how many there were."""
 
@@ -102,6 +114,6 @@ class ShardHead(NamedTuple):
     forked: Forked | None = None
 
 
-Command: TypeAlias = Call | ReadLedger | TrimLedger | ReadHead | ReadOwners | ReadWindows | KnownSinks
+Command: TypeAlias = Call | ReadLedger | ReadPage | TrimLedger | ReadHead | ReadOwners | ReadWindows | KnownSinks
 Flow: TypeAlias = Generator[Command, Any, T]
 """A verb written once: yields commands, is sent their answers (or has StoreErrors thrown in), returns its result."""

@@ -19,6 +19,7 @@ from meterlib.core import rules
 from meterlib.core.operations import Reply, Value, packed, unpacked
 from meterlib.errors import MeterError, PolicyError, StoreCorrupt, StoreRefused, StoreUnavailable, UsageError
 from meterlib.store import forgetful
+from meterlib.store.ahead import Ahead
 from meterlib.store.batching import AsyncBatching, SyncBatching
 from meterlib.store.commands import (
     Batch,
@@ -30,8 +31,10 @@ from meterlib.store.commands import (
     ReadHead,
     ReadLedger,
     ReadOwners,
+    ReadPage,
     ReadWindows,
     ShardHead,
+    StoredPage,
     TrimLedger,
 )
 from meterlib.store.embedded import EmbeddedServer
@@ -152,8 +155,11 @@ class _Calls:
             pass
         raise StoreUnavailable(name, f"an answer that is none: {answer!r:.80}")
 
-    def ledger_page(self, command: ReadLedger) -> tuple[Value, ...]:
-        return ("XRANGE", self._names[command.shard][3], f"{command.after + 1}-0", "+", "COUNT", command.limit)
+    def ledger_page(self, command: ReadLedger | ReadPage, *, raw: bool = False) -> tuple[Value, ...]:
+        # redis-py knows by the command's name, a str, that it is to make a dict of each entry, which takes as long as
+        # all else about reading; clients of a cluster need that name to find the node.
+        ledger, first = self._names[command.shard][3], f"{command.after + 1}-0"
+        return (b"XRANGE" if raw else "XRANGE", ledger, first, "+", "COUNT", command.limit)
 
     def trim(self, command: TrimLedger) -> tuple[Value, ...]:
         return ("XTRIM", self._names[command.shard][3], "MINID", "=", f"{command.below}-0")
@@ -200,6 +206,7 @@ class SyncDriver:
         self._by_client = ClientWire(client)
         self._wire = wire or self._by_client
         self._one_server = hasattr(client, "pipeline") and not hasattr(client, "get_node_from_key")
+        self._ahead = Ahead(client) if self._one_server else None
         self.server: EmbeddedServer | None = None
         self._layout_checked = False
         self._ready = False
@@ -225,6 +232,8 @@ class SyncDriver:
             return self._batching.run(command)
         if isinstance(command, ReadLedger):
             return entries_of(self._retrying("ledger", *self._calls.ledger_page(command)))
+        if isinstance(command, ReadPage):
+            return self._page(command)
         if isinstance(command, TrimLedger):
             return self._retrying("trim", *self._calls.trim(command))
         if isinstance(command, ReadOwners):
@@ -246,6 +255,19 @@ class SyncDriver:
         if isinstance(command, KnownSinks):
             return names_of([self._retrying("sinks", *words) for words in self._calls.sinks_commands(command)][-1])
         return head_of(*[self._retrying("head", *words) for words in self._calls.head_commands(command.shard)])
+
+    def _page(self, command: ReadPage) -> StoredPage:
+        """A page; where it is full the next one is asked for, so that the server works on that one meanwhile."""
+        if self._ahead is None:
+            return page_of(self._retrying("ledger", *self._calls.ledger_page(command)))
+        answer = self._ahead.fetched(command)
+        if answer is None:
+            answer = self._retrying("ledger", *self._calls.ledger_page(command, raw=True))
+        page = page_of(answer)
+        if len(page) == command.limit:
+            following = command._replace(after=int(page[-1][0].partition(b"-")[0]))
+            self._ahead.ask(following, *self._calls.ledger_page(following, raw=True))
+        return page
 
     def lane_of(self, call: Call) -> Hashable:
         """What one server is asked may leave together; the slots of a cluster may lie on any node."""
@@ -371,6 +393,8 @@ class SyncDriver:
 
     def close(self) -> None:
         self._wire.close()
+        if self._ahead is not None:
+            self._ahead.forget()
         for client in (self.client, *_watchers_of(self.client)):
             client.close()
 
@@ -427,6 +451,8 @@ class AsyncDriver:
     async def execute(self, command: Command) -> Any:
         if isinstance(command, ReadLedger):
             return entries_of(await self._retrying("ledger", *self._calls.ledger_page(command)))
+        if isinstance(command, ReadPage):
+            return page_of(await self._retrying("ledger", *self._calls.ledger_page(command, raw=self._one_server)))
         if isinstance(command, TrimLedger):
             return await self._retrying("trim", *self._calls.trim(command))
         if isinstance(command, ReadOwners):
@@ -642,6 +668,8 @@ class MemoryDriver:
                 shard.ledger[:] = [entry for entry in shard.ledger if entry["n"] >= command.below]
                 return before - len(shard.ledger)
             page = [entry for entry in shard.ledger if entry["n"] > command.after][: command.limit]
+            if isinstance(command, ReadPage):
+                return page_of([(b"%d-0" % entry["n"], stored_fields(entry)) for entry in page])
             return [(entry["n"], stored_fields(entry)) for entry in page]
 
     def call(self, batch: Batch) -> list[Reply]:
@@ -710,6 +738,13 @@ def stored_fields(entry: dict[str, Any]) -> dict[bytes, bytes]:
 def entries_of(page: Any) -> list[tuple[int, dict[bytes, bytes]]]:
     """The entries of an XRANGE answer, as redis-py hands them over."""
     return [(int(stream_id.partition(b"-")[0]), fields) for stream_id, fields in page or ()]
+
+
+def page_of(page: Any) -> StoredPage:
+    """An XRANGE answer as the server sent it, whether redis-py has made dicts of it or not."""
+    if page and isinstance(page[0][1], dict):
+        return [(stream_id, [part for pair in fields.items() for part in pair]) for stream_id, fields in page]
+    return page or ()
 
 
 def names_of(members: Any) -> list[str]:

@@ -79,8 +79,10 @@ from meterlib.store.commands import (
     ReadHead,
     ReadLedger,
     ReadOwners,
+    ReadPage,
     ReadWindows,
     ShardHead,
+    StoredPage,
     TrimLedger,
 )
 from meterlib.store.drivers import Clock, StoreOptions
@@ -660,6 +662,12 @@ def read_ledger(shard: int, after: int, count: int) -> Flow[list[LedgerEntry]]:
 def read_stored(shard: int, after: int, count: int) -> Flow[list[tuple[int, dict[bytes, bytes]]]]:
     """The entries of a shard behind number `after`, at most `count`, with their fields as they stand in the store."""
     page: list[tuple[int, dict[bytes, bytes]]] = yield ReadLedger(shard, after, count)
+    return page
+
+
+def read_page(shard: int, after: int, count: int) -> Flow[StoredPage]:
+    """The entries of a shard behind number `after`, at most `count`, as the server sends them."""
+    page: StoredPage = yield ReadPage(shard, after, count)
     return page
 
 

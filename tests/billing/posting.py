@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,9 @@ WIDER = DEARER.replace('name = "old"', 'name = "new"')
 Amounts = tuple[Decimal, ...]
 
 
-def prices(text: str = BOOK) -> Prices:
+def prices(text: str = BOOK, terms: Mapping[str, Terms] = TERMS) -> Prices:
     """What usage is rated by, with terms of its own for each tenant."""
-    return Prices(books=PriceBooks(parse_book(text)), terms_of=lambda tenant: TERMS.get(tenant, LIST))
+    return Prices(books=PriceBooks(parse_book(text)), terms_of=lambda tenant: terms.get(tenant, LIST))
 
 
 def stored(one: LedgerEntry) -> dict[str, str | bytes]:
@@ -91,16 +91,18 @@ class Ledgers(Books):
         facts: dict[str, Any] = {"kind": "adjusted", "adjusts": f"0:{of.n}", "reason": "r", "usage": usage}
         return self.add([msgspec.structs.replace(of, reserved_at=0, booked_at=at, facts={}, after="", **facts)])[0]
 
-    def rate(self, text: str = BOOK) -> Rated:
+    def rate(self, text: str = BOOK, terms: Mapping[str, Terms] = TERMS) -> Rated:
         """Export, and rate what is not rated."""
         problem = self.export().problem
         assert problem is None, problem
-        with self.archive() as archive, Rater(archive, prices(text)) as rater:
+        with self.archive() as archive, Rater(archive, prices(text, terms)) as rater:
             return rater.rate(0)
 
-    def rate_again(self, text: str, now_ms: int = 1_900_000_000_000, **span: int) -> int:
+    def rate_again(
+        self, text: str, now_ms: int = 1_900_000_000_000, terms: Mapping[str, Terms] = TERMS, **span: int
+    ) -> int:
         """Rate again and post it; how many rows that were."""
-        with self.archive() as archive, Rerating(archive, prices(text), "a book", **span) as rerating:
+        with self.archive() as archive, Rerating(archive, prices(text, terms), "a book", **span) as rerating:
             rerating.work_out()
             if rerating.rows:
                 assert rerating.number == rerating.post(now_ms)
@@ -151,12 +153,18 @@ def amounts(rows: Iterable[RatedRow]) -> Amounts:
     return (*(getattr(totals, cost) for cost in COSTS), Decimal(totals.unpriced))
 
 
-def as_rated(entries: Sequence[LedgerEntry], text: str = BOOK, posted: Sequence[RatedRow] = ()) -> list[RatedRow]:
+def as_rated(
+    entries: Sequence[LedgerEntry],
+    text: str = BOOK,
+    posted: Sequence[RatedRow] = (),
+    texts: Mapping[int, str] | None = None,
+) -> list[RatedRow]:
     """The rows of these entries by `rate`, each correction with the call that it corrects as it was by then.
 
-    A correction keeps the prices that rows of its call, and of earlier corrections, were posted with.
+    A correction keeps the prices that rows of its call, and of earlier corrections, were posted with; `texts` are the
+    books by which entries were rated.
     """
-    books, rows = PriceBooks(parse_book(text)), []
+    rows = []
     by_n = {one.n: one for one in entries}
     for at, one in enumerate(entries):
         call = _call_of(one, by_n)
@@ -169,6 +177,8 @@ def as_rated(entries: Sequence[LedgerEntry], text: str = BOOK, posted: Sequence[
                     corrects = msgspec.structs.replace(corrects, usage=usage)
                     numbers.append(earlier.n)
         known = [row for n in numbers for row in posted if row.n == n]
+        book = (texts or {}).get(known[0].n, text) if known and corrects is not None else text
+        books = PriceBooks(parse_book(book))
         rows += list(rate(one, books, TERMS.get(one.tenant, LIST), corrects=corrects, posted=known))
     return sorted(rows, key=lambda row: (row.n, row.line))
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import duckdb
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meterlib import LedgerEntry
 from meterlib.billing.archive.archive import Archive
-from meterlib.billing.archive.lines import Lines
-from meterlib.billing.archive.rows import COUNTS, MADE, VERBATIM, chained, entry_from, fields_of, first_link
+from meterlib.billing.archive.lines import Lines, entries_of
+from meterlib.billing.archive.rows import COUNTS, MADE, STORED, VERBATIM, chained, entry_from, fields_of, first_link
 from meterlib.billing.archive.segments import Position, Segment
 from meterlib.core.ledger import CallFacts, Outcome, encode, entry_of
 from meterlib.errors import IntegrityError, UsageError
@@ -106,6 +106,53 @@ def test_an_entry_comes_back_from_its_row_as_it_went_in(
         lines = [line for portion in archive.lines([segment]) for line in portion]
 
     assert page == [fields_of(line) for line in lines]
+
+
+def as_sent(n: int, fields: dict[bytes, bytes]) -> tuple[bytes, list[bytes]]:
+    """An entry as the server sends it."""
+    return b"%d-0" % n, [part for pair in fields.items() for part in pair]
+
+
+def of_this_version(fields: dict[bytes, bytes]) -> dict[bytes, bytes]:
+    """An entry without what only later versions know."""
+    kept = {name: fields[name] for name in STORED}
+    return kept | ({b"outcome": b"{}"} if b"speech" in fields[b"outcome"] else {})
+
+
+@pytest.mark.parametrize("what", ["nothing", "value", "name", "order", "less", "more", "id", "epoch"])
+@settings(max_examples=20)
+@given(entries=st.lists(stored() | stored().map(of_this_version), min_size=1, max_size=3), change=st.data())
+def test_a_page_has_the_lines_of_its_entries_or_each_is_looked_at_by_itself(
+    what: str, entries: list[dict[bytes, bytes]], change: st.DataObject
+) -> None:
+    """The quick way says nothing that the thorough one would not, whatever is wrong with one of the entries."""
+    page = [as_sent(n, fields) for n, fields in enumerate(entries, 7)]
+    at = change.draw(st.integers(0, len(page) - 1))
+    sent = page[at][1]
+    place = change.draw(st.integers(0, len(sent) - 1))
+    junk = change.draw(st.sampled_from([b"", b"x", b"7", b"{}", b'{"tenant":1}', b"\xff", b"[", b"-1", b"007"]))
+    if what in ("value", "name"):
+        sent[place - place % 2 + (what == "value")] = junk
+    elif what == "order":
+        sent[:2], sent[2:4] = sent[2:4], sent[:2]
+    elif what == "less":
+        del sent[place - place % 2 : place - place % 2 + 2]
+    elif what == "more":
+        sent += [b"kind", b"late"]
+    elif what == "id":
+        page[at] = (change.draw(st.sampled_from([b"7-1", b"6-0", b"99-0"])), sent)
+    epoch = "1790000000001" if what == "epoch" else "1790000000000"
+
+    quick = Lines().plain(page, 7, epoch)
+
+    if quick is not None:
+        assert entries_of(page) == [fields_of(line) for line in quick]
+        assert all(list(STORED) == told[::2] and epoch.encode() == told[-1] for _, told in page)
+        assert [(b"%d-0" % n) for n in range(7, 7 + len(page))] == [sent_id for sent_id, _ in page]
+        assert quick == Lines().of(entries_of(page))
+    else:
+        unknown = any(len(fields) > len(STORED) or b"speech" in fields[b"outcome"] for fields in entries)
+        assert what != "nothing" or unknown
 
 
 def columns_of(entry: LedgerEntry) -> dict[str, Any]:
@@ -203,6 +250,9 @@ class Cut(Archive):
 
     def _follows(self, segment: Segment, end: int) -> bool:
         return False
+
+    def _check_begin(self, segment: Segment, before: Segment | None) -> None:
+        """Nothing was before the first one."""
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from meterlib.billing.bundle.gather import gather
 from meterlib.billing.postings.postings import Postings
 from meterlib.billing.prices.files import parse_book
 from meterlib.billing.prices.prices import PriceBooks
+from meterlib.billing.prices.terms import Terms
 from meterlib.billing.reports.answers import Reader
 from meterlib.billing.reports.invoice import invoice
 from tests.billing.money import BOOK, at_ms, entries, tokens
@@ -151,8 +152,8 @@ def test_rows_of_a_re_rating_verify(books: Ledgers, tmp_path: Path) -> None:
     assert b'"found": false' not in files_of(tmp_path / f"acme-{NOVEMBER}.zip")["prices.json"]
 
 
-def test_a_price_that_no_book_has_any_more_is_said_to_be_unchecked(books: Ledgers, tmp_path: Path) -> None:
-    """Rows still carry it, and it must be the same in all of them."""
+def test_a_price_that_no_book_has_any_more_is_told_in_full(books: Ledgers, tmp_path: Path) -> None:
+    """It was written down when rows were rated by it, and is checked like any other."""
     path = tmp_path / "bundle.zip"
     with books.archive() as archive:
         postings = Postings(archive, books.tz)
@@ -164,8 +165,41 @@ def test_a_price_that_no_book_has_any_more_is_said_to_be_unchecked(books: Ledger
 
     found = verify_bundle(path)
 
-    assert [] == found.problems
-    assert ["2 of 2 prices are in no book any more: only what rows say of them was checked"] == found.notes
+    assert ([], []) == (found.problems, found.notes)
+
+
+def test_corrections_verify_by_the_terms_of_their_calls(books: Ledgers, tmp_path: Path) -> None:
+    """Terms, fee and book changed since, and some of it was rated again; what is added has the terms of its call."""
+    earlier = books.entries[0], books.entries[3]
+    for call in earlier:
+        books.correction(call, at_ms("2026-11-05"), {"output_tokens": 5, "cache_read_input_tokens": -48_000})
+    books.rate(DEARER, OTHER_TERMS)
+    assert books.rate_again(DEARER, at_ms("2026-11-20"), terms=OTHER_TERMS)
+    for call in earlier:
+        books.correction(call, at_ms("2026-11-21"), {"output_tokens": 9})
+    books.rate(BOOK, {})
+
+    path = bundled(books, tmp_path, "acme", NOVEMBER)
+
+    found = verify_bundle(path)
+    assert ([], []) == (found.problems, found.notes)
+    files = files_of(path)
+    stated = [one for one in json.loads(files["terms.json"]) if one["corrects"]]
+    assert [(8, "0:1", 0), (10, "0:1", 0), (11, "0:4", 0), (12, "0:1", 1), (13, "0:4", 1)] == [
+        (one["first"], one["corrects"], one["rerated"]) for one in stated
+    ]
+    for at, problem in [(0, "are not those of 0:1, which it corrects"), (4, "are not those of re-rating 1")]:
+        told = json.loads(files["terms.json"])
+        lie = next(one for one in told if one == stated[at])
+        lie["markup"] = "0.5"
+        changed = sealed(path, files | {"terms.json": bundle_json(told)})
+        assert any(problem in one for one in changed.problems), changed.problems
+    told = [one for one in json.loads(files["terms.json"]) if one != stated[2]]
+    changed = sealed(path, files | {"terms.json": bundle_json(told)})
+    assert any("is not stated that it has the terms of 0:4" in one for one in changed.problems)
+
+
+OTHER_TERMS = {"acme": Terms.of("50%", "1%", "20%", "9%")}
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 import meterlib
-from meterlib.cli import main
 from meterlib.config import Config
 from meterlib.errors import PolicyError
 from tests.billing.exporting import LEDGER
 from tests.billing.test_postgres import PostgresBooks
+from tests.support.commands import Ran, runner
 from tests.support.postgres import PASSWORD, PostgresServer
 from tests.support.servers import Server
 
@@ -60,18 +59,6 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
-class Ran(NamedTuple):
-    """What a command answered."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
 @pytest.fixture
 def books(
     valkey: Server, postgres_server: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -90,8 +77,7 @@ def run(books: PostgresBooks, capsys: pytest.CaptureFixture[str]) -> Any:
     """Run a command with the settings of this test."""
 
     def run(*words: str) -> Ran:
-        code = main([*words, "--config", str(books.settings)])
-        ran = Ran(code, *capsys.readouterr())
+        ran = runner(capsys, books.settings)(*words)
 
         assert PASSWORD not in ran.out + ran.err
         return ran

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 from meterlib.billing.postings.reratings import Rerating
-from meterlib.cli import main
 from meterlib.config import Config
 from meterlib.errors import PolicyError
 from tests.billing.money import BOOK, at_ms, tokens
 from tests.billing.posting import DEARER, WIDER, Ledgers, amounts, as_rated, prices
+from tests.support.commands import Run, runner
 
 SETTINGS = """\
 [store]
@@ -37,21 +37,6 @@ platform_fee = "5%"
 MTOK = tokens(input_tokens=1_000_000)
 
 
-class Ran(NamedTuple):
-    """What a command answered."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-Run = Callable[..., Ran]
-
-
 @pytest.fixture
 def ledgers(tmp_path: Path) -> Ledgers:
     ledgers = Ledgers(tmp_path)
@@ -64,12 +49,7 @@ def ledgers(tmp_path: Path) -> Ledgers:
 @pytest.fixture
 def run(ledgers: Ledgers, capsys: pytest.CaptureFixture[str]) -> Run:
     """Run `meterlib rate` with the settings of this test."""
-
-    def run(*words: str) -> Ran:
-        code = main(["rate", *words, "--config", str(ledgers.settings)])
-        return Ran(code, *capsys.readouterr())
-
-    return run
+    return partial(runner(capsys, ledgers.settings), "rate")
 
 
 def book(ledgers: Ledgers, name: str) -> str:
@@ -271,7 +251,7 @@ def test_a_re_rating_that_is_not_posted_leaves_nothing(ledgers: Ledgers) -> None
         (("--dry-run",), "--dry-run: goes with --book"),
         (("--book", "nowhere.toml"), "nowhere.toml cannot be read"),
         (("--book", "claude", "--since", "yesterday"), "--since"),
-        (("--archive", "nowhere"), "there is no folder nowhere"),
+        (("--archive", "nowhere"), "--archive: there is no archive nowhere"),
     ],
 )
 def test_words_that_make_no_sense_are_refused(ledgers: Ledgers, run: Run, words: tuple[str, ...], told: str) -> None:

@@ -237,13 +237,13 @@ def rated_files(path: Path, folder: str = "shard-0000") -> list[Path]:
     return sorted((path / "rated" / folder).rglob("*.parquet"))
 
 
-def forged_rated(file: Path, change: str) -> None:
+def forged_rated(file: Path, change: str, facts_too: Callable[[Any], Any] = lambda facts: facts) -> None:
     """Change rows of a file of rated rows, with the sums and the name that go with them."""
     database = duckdb.connect()
     told: Any = database.execute(f"SELECT value FROM parquet_kv_metadata('{file}') WHERE key = '{KEY}'").fetchone()
     database.execute(f"CREATE TABLE rated AS FROM '{file}'")
     database.execute(change)
-    facts = json.loads(told[0])
+    facts = facts_too(json.loads(told[0]))
     sums = sums_of(database, "rated")
     if isinstance(facts, dict):
         facts["sums"] = sums
@@ -295,6 +295,12 @@ WHERE n = 1 AND token_type = 'input'
 """
 
 
+AT_TWO = (
+    "UPDATE rated SET contracted_price = 2, billed_price = 2, contracted_cost = quantity * 0.000002,"
+    " billed_cost = quantity * 0.000002 WHERE"
+)
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -315,17 +321,11 @@ WHERE n = 1 AND token_type = 'input'
         ("UPDATE rated SET shard = 3 WHERE n = 4", "is of an entry that is none of the file's"),
         ("UPDATE rated SET booked_at_ms = booked_at_ms - 1 WHERE n = 4", "was booked at another time than it says"),
         ("UPDATE rated SET touches_ms = 1 WHERE n = 4", "was booked at another time than it says"),
-        (ONE_PRICE, "entry 0:5 has another price for input than others by rate"),
-        (
-            "UPDATE rated SET contracted_price = 2, billed_price = 2, contracted_cost = quantity * 0.000002,"
-            " billed_cost = quantity * 0.000002 WHERE n = 2 AND token_type = 'input'",
-            "a price of entry 0:2 is not that of the terms of tenant 'acme'",
-        ),
-        (
-            "UPDATE rated SET contracted_price = 2, billed_price = 2, contracted_cost = quantity * 0.000002,"
-            " billed_cost = quantity * 0.000002 WHERE charge = 'platform_fee'",
-            "a price of entry 0:3 is not that of the terms of tenant 'acme'",
-        ),
+        (ONE_PRICE, "entry 0:1 do not have the prices that it was rated by"),
+        (f"{AT_TWO} n = 2 AND token_type = 'input'", "entry 0:2 do not have the prices that it was rated by"),
+        (f"{AT_TWO} charge = 'platform_fee'", "entry 0:3 do not have the prices that it was rated by"),
+        ("UPDATE rated SET price_digest = 'x' WHERE n = 2", "entry 0:2 do not have the prices that it was rated by"),
+        ("UPDATE rated SET above = 100000 WHERE n = 1", "entry 0:1 do not have the prices that it was rated by"),
         ("UPDATE rated SET billed_price = 3, billed_cost = list_cost WHERE n = 3 AND line = 0", "its funding"),
     ],
 )
@@ -341,6 +341,22 @@ def test_a_forged_rated_row_is_found(rated_copy: Ledgers, change: str, told: str
     assert "/rated/shard-0000/" in problems[0]
 
 
+@pytest.mark.parametrize("change", [f"{AT_TWO} n = 5 AND reverses < 0", f"{AT_TWO} n = 5 AND reverses >= 0"])
+def test_a_correction_that_does_not_have_the_prices_of_its_call_is_found(rated_copy: Ledgers, change: str) -> None:
+    """What it takes back, and what it posts in its place; the call is in another file."""
+    forged_rated(rated_files(rated_copy.path)[1], change)
+
+    assert any("entry 0:5 do not have the prices that it was rated by" in one for one in rated_copy.problems())
+
+
+def test_a_file_that_does_not_say_what_all_of_its_rows_were_made_with_is_found(rated_copy: Ledgers) -> None:
+    """By what an entry was rated is known of every one."""
+    file = rated_files(rated_copy.path)[0]
+    forged_rated(file, "SELECT 1", lambda facts: facts | {"made": [facts["made"][0] | {"last": 3}]})
+
+    assert any("does not say what all of its rows were made with" in one for one in rated_copy.problems())
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -354,6 +370,7 @@ def test_a_forged_rated_row_is_found(rated_copy: Ledgers, change: str, told: str
         ),
         ("UPDATE rated SET line = line + 16777216 WHERE n = 2", "has a line that no rating makes"),
         (f"{COST} n = 2 AND posting = 1", "does not cost its price times its quantity"),
+        (f"{AT_TWO} n = 2 AND token_type = 'input' AND posting = 1", "entry 0:2 do not have the prices"),
     ],
 )
 def test_a_forged_row_of_a_re_rating_is_found(rated_copy: Ledgers, change: str, told: str) -> None:

@@ -11,10 +11,10 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import fakeredis
 import pytest
@@ -35,6 +35,7 @@ from meterlib.store.flows import Context
 from meterlib.store.journal import Journal
 from meterlib.store.keys import LAYOUT_VERSION, shard_keys, shard_of
 from meterlib.testing import Clock
+from tests.support.commands import Ran, Run, runner
 from tests.support.servers import Server
 
 SETTINGS = """\
@@ -80,21 +81,6 @@ OPUS = {"provider": "anthropic", "model": "claude-opus-4-5"}
 HAIKU = {"provider": "anthropic", "model": "claude-haiku-4-5", "team": "=red"}
 
 
-class Ran(NamedTuple):
-    """What a command answered."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-Run = Callable[..., Ran]
-
-
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
     file = tmp_path / "meterlib.toml"
@@ -105,13 +91,7 @@ def config(tmp_path: Path) -> Config:
 @pytest.fixture
 def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     """Run a command with the settings of this test."""
-
-    def run(*words: str, config: str | Path = tmp_path / "meterlib.toml") -> Ran:
-        code = main([*words, "--config", str(config)])
-        out, err = capsys.readouterr()
-        return Ran(code, out, err)
-
-    return run
+    return runner(capsys, tmp_path / "meterlib.toml")
 
 
 @pytest.fixture

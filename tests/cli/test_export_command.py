@@ -7,9 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 
@@ -18,22 +17,8 @@ from meterlib.cli import main
 from meterlib.config import Config
 from meterlib.errors import PolicyError
 from tests.billing.exporting import LEDGER, Books
+from tests.support.commands import Run, runner
 from tests.support.servers import Server
-
-
-class Ran(NamedTuple):
-    """What a command answered."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-Run = Callable[..., Ran]
 
 
 @pytest.fixture
@@ -48,12 +33,7 @@ def books(valkey: Server, tmp_path: Path) -> Iterator[Books]:
 @pytest.fixture
 def run(books: Books, capsys: pytest.CaptureFixture[str]) -> Run:
     """Run a command with the settings of this test."""
-
-    def run(*words: str, config: bool = True) -> Ran:
-        code = main([*words, "--config", str(books.settings)] if config else [*words])
-        return Ran(code, *capsys.readouterr())
-
-    return run
+    return runner(capsys, books.settings)
 
 
 def test_a_run_tells_what_it_exported(books: Books, run: Run) -> None:

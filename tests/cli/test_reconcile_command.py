@@ -7,25 +7,17 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
-from meterlib.cli import main
 from tests.billing.money import BOOK, at_ms
 from tests.billing.posting import Ledgers
 from tests.billing.provider import HOUR_MS, Served, admin_cost, admin_usage
+from tests.support.commands import Ran, runner
 
 DAY_MS = at_ms("2026-10-05")
 NINE_MS = DAY_MS + 9 * HOUR_MS + 600_000
-
-
-class Ran(NamedTuple):
-    """What a command answered."""
-
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture
@@ -49,8 +41,7 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable
 
     def run(*words: str) -> Ran:
         words = tuple(str(tmp_path / word) if word.endswith((".json", ".zip")) else word for word in words)
-        code = main([*words, *([] if words[0] == "verify" else ["--config", str(settings)])])
-        return Ran(code, *capsys.readouterr())
+        return runner(capsys, settings)(*words)
 
     yield run
     books.close()

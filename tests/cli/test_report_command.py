@@ -2,42 +2,22 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import duckdb
 import pytest
 
 from meterlib import Usage
-from meterlib.cli import main
 from tests.billing.exporting import LEDGER, Books
 from tests.billing.money import BOOK, at_ms
+from tests.support.commands import Run, runner
 from tests.support.servers import Server
 
-
-class Ran(NamedTuple):
-    """What a command answered."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-    @property
-    def cells(self) -> list[list[str]]:
-        return list(csv.reader(io.StringIO(self.out)))
-
-
-Run = Callable[..., Ran]
 CALL = {"provider": "anthropic", "model": "plain"}
 
 
@@ -60,12 +40,7 @@ def books(valkey: Server, tmp_path: Path) -> Iterator[Books]:
 @pytest.fixture
 def run(books: Books, capsys: pytest.CaptureFixture[str]) -> Run:
     """Run a command with the settings of this test."""
-
-    def run(*words: str) -> Ran:
-        code = main([*words, "--config", str(books.settings)])
-        return Ran(code, *capsys.readouterr())
-
-    return run
+    return runner(capsys, books.settings)
 
 
 def record(books: Books, tenant: str = "acme", model: str = "plain", at: str | None = None, **told: Any) -> None:

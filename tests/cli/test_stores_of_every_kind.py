@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 
 from meterlib import Usage
-from meterlib.cli import main
 from meterlib.config import Config
 from meterlib.store.connect import shown_url
+from tests.support.commands import Run, runner
 from tests.support.servers import Server, start_server
 
 READS = [["report"], ["limits", "acme"], ["ledger", "show"]]
@@ -21,31 +20,11 @@ READ_IDS = [" ".join(words) for words in READS]
 PATIENCE_S = 3.0  # less than the deadline of a call
 
 
-class Ran(NamedTuple):
-    """What a command answered."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def findings(self) -> dict[str, dict[str, Any]]:
-        return {finding["check"]: finding for finding in json.loads(self.out)["findings"]}
-
-
-Run = Callable[..., Ran]
-
-
 @pytest.fixture
 def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run a command in the folder of this test."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*words: str) -> Ran:
-        code = main(words)
-        return Ran(code, *capsys.readouterr())
-
-    return run
+    return runner(capsys)
 
 
 @pytest.fixture(scope="module")

@@ -145,8 +145,18 @@ class Archive:
         found = self.listed(shard)
         way: list[Segment] = []
         for epoch in sorted({segment.epoch for segment in found}):
-            way += self._way([segment for segment in found if segment.epoch == epoch])
+            part = self._way([segment for segment in found if segment.epoch == epoch])
+            self._check_begin(part[0], way[-1] if way else None)
+            way += part
         return way
+
+    def _check_begin(self, segment: Segment, before: Segment | None) -> None:
+        """What the first segment of an epoch follows is there."""
+        facts = self.facts(segment)
+        follows, there = (facts.follows_epoch, facts.follows_n), (before.epoch, before.last) if before else ("", 0)
+        if follows > there:
+            first = there[1] + 1 if not before or before.epoch == facts.follows_epoch else 1
+            raise _missing(self.folder(segment.shard), segment.shard, first, facts.follows_n)
 
     def _way(self, found: Sequence[Segment]) -> list[Segment]:
         """The shortest way through the segments of one epoch."""
@@ -175,7 +185,7 @@ class Archive:
     def facts(self, segment: Segment) -> Facts:
         """What a segment's metadata say; they agree with its name."""
         file = self.file(segment)
-        facts = facts_of(self.database(), file)
+        facts = facts_of(self.database(), file, Facts)
         told = (facts.epoch, facts.shard, facts.first, facts.last)
         if told != (segment.epoch, segment.shard, segment.first, segment.last):
             raise IntegrityError("damaged", f"{file} is another segment's file: it holds {told[1]}:{told[2]}-{told[3]}")
@@ -258,6 +268,9 @@ class Archive:
         """Make it ready to be written to."""
         if self._writer is None:
             self._writer = duck.connect(self.work().folder)
+            # Each segment needs as much memory as the last one, so what that one leaves is kept and not given back.
+            self._writer.execute("SET allocator_flush_threshold = '1GB'")
+            self._writer.execute("SET allocator_bulk_deallocation_flush_threshold = '1GB'")
 
     def draft(self, shard: int, epoch: str, first: int, position: Position) -> FileDraft:
         """A segment that is to follow a position, still without entries."""

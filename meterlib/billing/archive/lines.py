@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections import deque
 from collections.abc import Mapping, Sequence
+from itertools import repeat
 from typing import Annotated, Any, TypeAlias, get_args
 
 import msgspec
@@ -12,11 +14,10 @@ import msgspec
 from meterlib.billing.archive.rows import CALL, OUTCOME, SEPARATOR, STORED
 from meterlib.core.ledger import EntryKind, Quality, entry_of
 from meterlib.core.policy import Funding
+from meterlib.store.commands import StoredPage
 
 Fields: TypeAlias = Mapping[bytes, bytes]
 Page: TypeAlias = Sequence[tuple[int, Fields]]
-
-_CALLS_KNOWN_MAX = 20_000
 
 
 class OddEntryError(Exception):
@@ -37,7 +38,29 @@ class Lines:
 
     def __init__(self) -> None:
         self.unknown: set[str] = set()
-        self._calls: set[bytes] = set()
+
+    def plain(self, page: StoredPage, first: int, epoch: str) -> list[bytes] | None:
+        """The lines of a page in which nothing is unusual; None if anything is.
+
+        That is nearly always so, so it is what an export's speed depends on: a page is looked at by columns, and no
+        entry by itself.
+
+        Args:
+            page: as the server sent it.
+            first: the number of its first entry, behind which there is no gap.
+            epoch: of all its entries.
+        """
+        ids, entries = zip(*page, strict=True)
+        count, numbers = len(ids), [b"%d" % n for n in range(first, first + len(ids))]
+        if b",".join(ids) != b"-0,".join(numbers) + b"-0" or {*map(len, entries)} != {2 * len(STORED)}:
+            return None
+        columns = list(zip(*entries, strict=True))
+        names, values = columns[::2], columns[1::2]
+        if any(told.count(name) != count for told, name in zip(names, STORED, strict=True)):
+            return None
+        if values[-1].count(epoch.encode()) != count or not _usual(values):
+            return None
+        return list(map(SEPARATOR.join, zip(numbers, *values, repeat(b""))))
 
     def of(self, page: Page) -> list[bytes]:
         """The line of each entry of a page; without the line's end.
@@ -45,36 +68,14 @@ class Lines:
         Raises:
             OddEntryError: an entry lacks a field, or holds what it should not.
         """
-        if page and self._plain([fields for _, fields in page]):
-            join = SEPARATOR.join
-            return [join((b"%d" % n, *fields.values(), b"")) for n, fields in page]
         lines = []
         for n, fields in page:
-            lines.append(_unusual_line(n, fields))
-            self._look_closer(n, fields)
+            if tuple(fields) == STORED and _usual([(value,) for value in fields.values()]):
+                lines.append(SEPARATOR.join((b"%d" % n, *fields.values(), b"")))
+            else:
+                lines.append(_unusual_line(n, fields))
+                self._look_closer(n, fields)
         return lines
-
-    def _plain(self, entries: Sequence[Fields]) -> bool:
-        """Whether all entries are as this version writes them; a page at a time, since that is nearly always so."""
-        if set(map(tuple, entries)) != {STORED}:
-            return False
-        values = zip(*[fields.values() for fields in entries], strict=True)
-        kinds, _, _, reserved_at, booked_at, calls, estimates, outcomes, _, _ = values
-        if not (_KINDS.issuperset(kinds) and _MOMENTS(b",".join((*reserved_at, *booked_at)))):
-            return False
-        try:
-            for call in set(calls) - self._calls:
-                _call.decode(call)
-            for estimate in filter(None, estimates):
-                _json.decode(estimate)
-            for outcome in filter(None, outcomes):
-                _outcome.decode(outcome)
-        except (msgspec.MsgspecError, UnicodeDecodeError):
-            return False
-        if len(self._calls) > _CALLS_KNOWN_MAX:
-            self._calls.clear()
-        self._calls.update(calls)
-        return True
 
     def _look_closer(self, n: int, fields: Fields) -> None:
         """Names that nobody knows are noted; whatever else is odd is refused."""
@@ -92,7 +93,26 @@ class Lines:
             if fields[name] != b"%d" % int(fields[name]):
                 raise OddEntryError(n, f"its {name.decode()} is {fields[name].decode()!r:.40}")
         self.unknown.update(name.decode() for name in fields if name not in STORED)
-        self.unknown.update(_unknown(call, CALL, "call."), _unknown(outcome, OUTCOME | {"facts": "JSON"}, "outcome."))
+        self.unknown.update(_unknown(call, CALL, "call."), _unknown(outcome, OUTCOME, "outcome."))
+
+
+def entries_of(page: StoredPage) -> list[tuple[int, Fields]]:
+    """Number and fields of each entry of a page."""
+    return [(int(i.partition(b"-")[0]), dict(zip(told[::2], told[1::2], strict=True))) for i, told in page]
+
+
+def _usual(values: Sequence[Sequence[bytes]]) -> bool:
+    """Whether the values of entries, by column, are all as this version writes them."""
+    kinds, _, _, reserved_at, booked_at, calls, estimates, outcomes, _, _ = values
+    if not (_KINDS.issuperset(kinds) and _MOMENTS(b",".join((*reserved_at, *booked_at)))):
+        return False
+    try:
+        deque(map(_call.decode, calls), 0)
+        deque(map(_json.decode, filter(None, estimates)), 0)
+        deque(map(_outcome.decode, filter(None, outcomes)), 0)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return False
+    return True
 
 
 def _unusual_line(n: int, fields: Fields) -> bytes:
@@ -136,7 +156,7 @@ _call = msgspec.json.Decoder(
         gc=False,
     )
 )
-_outcome = msgspec.json.Decoder(_strict("Outcome", OUTCOME | {"facts": "JSON", "quality": "QUALITY"}))
+_outcome = msgspec.json.Decoder(_strict("Outcome", OUTCOME | {"quality": "QUALITY"}))
 _json = msgspec.json.Decoder(msgspec.Raw)
 
 

@@ -75,7 +75,11 @@ CALL: dict[str, Any] = {
     "funding": "VARCHAR",
     "attributes": {"provider": "VARCHAR", "model": "VARCHAR"},
 }
-OUTCOME: dict[str, Any] = {"usage": USAGE, **dict.fromkeys(("quality", "adjusts", "reason", "actor"), "VARCHAR")}
+OUTCOME: dict[str, Any] = {
+    "usage": USAGE,
+    "facts": "JSON",
+    **dict.fromkeys(("quality", "adjusts", "reason", "actor"), "VARCHAR"),
+}
 """What columns are made of, in the parts that are JSON."""
 
 MADE = {
@@ -91,7 +95,7 @@ MADE = {
     "inference_geo": "o.usage.inference_geo",
     "iterations": "o.usage.iterations",
     "amounts": "o.usage.amounts",
-    "facts": "outcome -> '$.facts'",
+    "facts": "o.facts",
     "adjusts": "o.adjusts",
     "reason": "o.reason",
     "actor": "o.actor",
@@ -100,6 +104,10 @@ MADE = {
 
 LINE = "concat_ws(chr(31), " + ", ".join(f"coalesce({name}::VARCHAR, '')" for name in VERBATIM) + ")"
 """The line of a row, in SQL."""
+
+
+LINE_SIZE = " + ".join(f"coalesce(strlen({name}::VARCHAR), 0)" for name in VERBATIM) + f" + {len(VERBATIM) - 1}"
+"""How many bytes the line of a row has, in SQL: what joins the parts is one byte each."""
 
 
 def fields_of(line: bytes) -> tuple[int, dict[bytes, bytes]]:

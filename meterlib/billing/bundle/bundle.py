@@ -4,7 +4,7 @@
     rows.csv        the rated rows that it adds up: quantity, list price, the customer's price, cost, and what of
     entries.jsonl   the ledger's words on each of these calls, and on the calls that corrections among them are about
     prices.json     each price that rows name, in full: its digest is that of the rows
-    terms.json      discount, mark-up and fee, and for which entries they held
+    terms.json      discount, mark-up and fee, and for which entries they held; corrections have those of their calls
     close.json      what the close of the period says of this customer; not there while the period is open
     manifest.json   what all of this is, and the SHA-256 of each file
 
@@ -67,6 +67,8 @@ class StatedTerms(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         discount: off the list price, as a fraction; so the next two.
         markup: on what the discount left.
         platform_fee: on the list price of calls with the customer's own key.
+        corrects: of a correction, which is `first` and `last`, the call whose terms it has, as `shard:n`; else empty.
+        rerated: of a correction: the re-rating by which the call has them, or 0 for its first rating.
     """
 
     rating: int
@@ -77,6 +79,8 @@ class StatedTerms(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     discount: Decimal
     markup: Decimal
     platform_fee: Decimal
+    corrects: str = ""
+    rerated: int = 0
 
     @property
     def terms(self) -> Terms:
@@ -89,7 +93,7 @@ class StatedPrice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     Attributes:
         digest: by which rows name it.
-        found: whether a book of today still has it; otherwise nothing but the digest is known, and what rows say.
+        found: whether it is known in full; otherwise nothing but the digest is known, and what rows say.
     """
 
     digest: str
@@ -197,6 +201,8 @@ def write_bundle(path: Path, bundle: Bundle) -> BundleManifest:
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         draft.unlink(missing_ok=True)
     return manifest

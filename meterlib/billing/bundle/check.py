@@ -86,12 +86,15 @@ class BundleVerdict(msgspec.Struct, kw_only=True):
     problems: list[str] = []
 
 
-def verify_bundle(path: Path, advance: Callable[[int], None] = lambda count: None) -> BundleVerdict:
+def verify_bundle(
+    path: Path, advance: Callable[[int], None] = lambda count: None, expect: Callable[[int], None] = lambda count: None
+) -> BundleVerdict:
     """Check a bundle; problems are in the verdict.
 
     Args:
         path: of the file.
         advance: is told how many rows were checked, as it goes.
+        expect: is told first how many there are.
 
     Raises:
         OSError: it cannot be read.
@@ -99,9 +102,11 @@ def verify_bundle(path: Path, advance: Callable[[int], None] = lambda count: Non
     verdict = BundleVerdict()
     try:
         with ZipFile(path) as archive:
-            _Check(path, archive, verdict, advance).run()
-    except (IntegrityError, *_BROKEN) as error:
-        verdict.problems.append(str(error) or f"{path} is no zip file")
+            _Check(path, archive, verdict, advance).run(expect)
+    except IntegrityError as error:
+        verdict.problems.append(str(error))
+    except _BROKEN as error:
+        verdict.problems.append(f"{path} is no invoice bundle, or is broken: {error}")
     except OSError as error:
         if error.errno != EINVAL:
             raise
@@ -115,10 +120,11 @@ class _Check:
     def __init__(self, path: Path, archive: ZipFile, verdict: BundleVerdict, advance: Callable[[int], None]) -> None:
         self._path, self._archive, self._verdict, self._advance = path, archive, verdict, advance
 
-    def run(self) -> None:
+    def run(self, expect: Callable[[int], None]) -> None:
         """Each step needs those before it."""
         self._check_names()
         manifest = self._decoded(MANIFEST, BundleManifest)
+        expect(manifest.rows)
         self._check_manifest(manifest)
         self._check_bytes()
         invoice = self._decoded(INVOICE, Invoice)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import msgspec
 
-from meterlib.billing.archive.rows import VERBATIM
+from meterlib.billing.archive.rows import LINE, VERBATIM, entry_from
 from meterlib.billing.bundle.bundle import ROW_COLUMNS, Bundle, StatedClose, StatedPrice, StatedTerms
 from meterlib.billing.duck import quoted
 from meterlib.billing.postings.closes import Close
-from meterlib.billing.postings.pieces import RatedFiles, terms_by_tenant
+from meterlib.billing.postings.pieces import RatedFiles, TermsOf, terms_by_tenant
+from meterlib.billing.postings.posted import Before, bases
 from meterlib.billing.postings.postings import Postings
+from meterlib.billing.prices.pinned import Scale
 from meterlib.billing.prices.prices import PriceBooks, Rate, Unpriced
 from meterlib.billing.prices.terms import Terms
+from meterlib.billing.rating.corrections import Earlier, Place
 from meterlib.billing.reports.invoice import Invoice
 
 _PAGE = 5_000
@@ -27,18 +31,19 @@ def gather(connection: Any, postings: Postings, invoice: Invoice, books: PriceBo
         connection: of DuckDB; two tables are left in it.
         postings: of the archive.
         invoice: of a tenant and period, from the same look at the archive.
-        books: where prices are looked up again, to be shown in full.
+        books: where prices are looked up that were not written down when rows were rated.
     """
     whose = f"tenant = {quoted(invoice.tenant)}"
     rows = f"SELECT * FROM ({postings.rows_sql()}) WHERE {whose} AND period = {quoted(invoice.period)}"
     _make_keys(connection, postings.entries_sql(), rows, whose)
+    pinned = _pinned(postings)
     close = next((close for close in postings.closes if close.period == invoice.period), None)
     return Bundle(
         invoice=invoice,
         rows=_rows(connection, rows),
         entries=_entries(connection, postings.entries_sql(), whose),
-        prices=_prices(connection, rows, books),
-        terms=_terms(connection, postings, invoice.tenant),
+        prices=_prices(connection, rows, pinned, books),
+        terms=_terms(connection, postings, rows, pinned, invoice.tenant),
         close=None if close is None else _stated(close, invoice.tenant),
     )
 
@@ -83,15 +88,16 @@ def _entries(connection: Any, entries: str, whose: str) -> Iterator[Mapping[str,
             yield {name: "" if value is None else value for name, value in zip(names, row, strict=True)}
 
 
-def _prices(connection: Any, rows: str, books: PriceBooks) -> list[StatedPrice]:
-    """Each price that rows name, from the books of today if one of them still has it."""
+def _prices(connection: Any, rows: str, pinned: Sequence[_Pinned], books: PriceBooks) -> list[StatedPrice]:
+    """Each price that rows name, as it was written down when they were rated, or else from the books of today."""
     used = connection.execute(
         f"SELECT DISTINCT price_digest, provider, model, variant, geo FROM ({rows})"
         " WHERE price_digest <> '' ORDER BY ALL"
     ).fetchall()
+    known = {rate.digest: rate for one in pinned for scale in one.scales for rate in scale.rates}
     found: dict[str, StatedPrice] = {}
     for digest, *key in used:
-        rate = _rate(books, digest, *key)
+        rate = known.get(digest) or _rate(books, digest, *key)
         if rate is not None:
             told: dict[str, Any] = {name: getattr(rate, name) for name in Rate.__struct_fields__}
             found[digest] = StatedPrice(digest=digest, found=True, **told | {"prices": dict(rate.prices)})
@@ -110,41 +116,89 @@ def _rate(books: PriceBooks, digest: str, provider: str, model: str, variant: st
     return None
 
 
-def _terms(connection: Any, postings: Postings, tenant: str) -> list[StatedTerms]:
-    """The tenant's terms, by the entries that its rows are of, and of re-ratings."""
+class _Pinned(NamedTuple):
+    """What rows were made with: those of a range of entries of a shard, or those of a re-rating."""
+
+    rating: int
+    epoch: str
+    shard: int
+    first: int
+    last: int
+    reposts: int
+    terms: Sequence[TermsOf]
+    scales: Sequence[Scale]
+
+
+def _pinned(postings: Postings) -> list[_Pinned]:
+    files = RatedFiles(postings.archive)
+    found = [
+        _Pinned(0, file.segment.epoch, shard, made.first, made.last, made.reposts, made.terms, made.scales)
+        for shard, rated in postings.rated.items()
+        for file in rated
+        for made in files.facts(file).made
+    ]
+    told = [(repost.number, repost.manifest) for repost in postings.reposts]
+    return found + [_Pinned(number, "", 0, 0, 0, 0, manifest.terms, manifest.scales) for number, manifest in told]
+
+
+def _terms(connection: Any, postings: Postings, rows: str, pinned: Sequence[_Pinned], tenant: str) -> list[StatedTerms]:
+    """The tenant's terms, by the entries that its rows are of, and of re-ratings; corrections have those of calls."""
     keys = connection.execute("SELECT DISTINCT epoch, shard, n FROM bundle_keys ORDER BY ALL").fetchall()
     found: list[StatedTerms] = []
+    for one in pinned:
+        own = terms_by_tenant(one.terms).get(tenant)
+        if own is None:
+            continue
+        if one.rating:
+            found.append(_stated_terms(own, rating=one.rating))
+            continue
+        place = (one.epoch, one.shard)
+        mine = [n for epoch, of, n in keys if (epoch, of) == place and one.first <= n <= one.last]
+        if mine:
+            found.append(_stated_terms(own, epoch=one.epoch, shard=one.shard, first=min(mine), last=max(mine)))
+    return found + list(_kept_terms(connection, postings, rows, pinned))
+
+
+def _kept_terms(connection: Any, postings: Postings, rows: str, pinned: Sequence[_Pinned]) -> Iterator[StatedTerms]:
+    """The terms of each correction that rows of a first rating are of."""
     files = RatedFiles(postings.archive)
-    for shard, rated in postings.rated.items():
-        for file in rated:
-            facts = files.facts(file)
-            for made in facts.made:
-                own = terms_by_tenant(made.terms).get(tenant)
-                mine = [
-                    n for epoch, of, n in keys if (epoch, of) == (facts.epoch, shard) and made.first <= n <= made.last
-                ]
-                if own is not None and mine:
-                    found.append(_stated_terms(own, 0, facts.epoch, shard, min(mine), max(mine)))
-    for repost in postings.reposts:
-        own = terms_by_tenant(repost.manifest.terms).get(tenant)
-        if own is not None:
-            found.append(_stated_terms(own, repost.number))
+    lines = (
+        f"SELECT shard, {LINE} FROM ({postings.entries_sql()}) SEMI JOIN (SELECT epoch, shard, n FROM ({rows})"
+        " WHERE kind = 'adjusted' AND rating = 0) USING (epoch, shard, n) ORDER BY epoch, shard, n"
+    )
+    entries = [entry_from(shard, line.encode()) for shard, line in connection.execute(lines).fetchall()]
+    for shard, several in groupby(sorted(entries, key=lambda one: one.shard), key=lambda one: one.shard):
+        earlier = Earlier(postings.archive, connection, postings.segments[shard])
+        corrected = earlier.corrected(list(several))
+        for reposts, places in _by_reposts(corrected, shard, pinned).items():
+            mine = {place: corrected[place] for place in places}
+            for place, basis in bases(Before(files, reposts), connection, shard, mine, PriceBooks()).items():
+                call = corrected[place].entry
+                if basis.terms is not None:
+                    yield _stated_terms(
+                        basis.terms,
+                        epoch=place[0],
+                        shard=shard,
+                        first=place[1],
+                        last=place[1],
+                        corrects=f"{shard}:{call.n}",
+                        rerated=basis.rating,
+                    )
+
+
+def _by_reposts(corrected: Iterable[Place], shard: int, pinned: Sequence[_Pinned]) -> dict[int, list[Place]]:
+    """Corrections by how many re-ratings there were when they were rated."""
+    found: dict[int, list[Place]] = {}
+    for epoch, n in corrected:
+        for one in pinned:
+            if (one.rating, one.epoch, one.shard) == (0, epoch, shard) and one.first <= n <= one.last:
+                found.setdefault(one.reposts, []).append((epoch, n))
     return found
 
 
-def _stated_terms(
-    own: Terms, rating: int, epoch: str = "", shard: int = 0, first: int = 0, last: int = 0
-) -> StatedTerms:
-    return StatedTerms(
-        rating=rating,
-        epoch=epoch,
-        shard=shard,
-        first=first,
-        last=last,
-        discount=own.discount,
-        markup=own.markup,
-        platform_fee=own.platform_fee,
-    )
+def _stated_terms(own: Terms, **where: Any) -> StatedTerms:
+    told = {"rating": 0, **where}
+    return StatedTerms(discount=own.discount, markup=own.markup, platform_fee=own.platform_fee, **told)
 
 
 def _stated(close: Close, tenant: str) -> StatedClose:

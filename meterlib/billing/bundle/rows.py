@@ -47,7 +47,9 @@ class RowCheck:
         terms: Sequence[StatedTerms],
         problem: Callable[[str], None],
     ) -> None:
-        self._tenant, self._period, self._prices, self._terms = tenant, period, prices, terms
+        self._tenant, self._period, self._prices = tenant, period, prices
+        self._terms = [one for one in terms if not one.corrects]
+        self._kept = {(one.epoch, one.shard, one.first): one for one in terms if one.corrects}
         self._problem = problem
         self._calls: dict[tuple[int, int], LedgerEntry] = {}
         self._stated: dict[tuple[str, str], Decimal] = {}
@@ -107,11 +109,15 @@ class RowCheck:
             return [one for one in self._terms if one.rating == row["rating"]]
         if row["rating"]:
             return list(self._terms)  # it takes back what was posted by any of those before
-        place = (row["epoch"], row["shard"])
+        kept = self._kept.get((row["epoch"], row["shard"], row["n"]))
+        return [kept] if kept is not None else self._terms_at(row["epoch"], row["shard"], row["n"])
+
+    def _terms_at(self, epoch: str, shard: int, n: int) -> list[StatedTerms]:
+        """Those that held for an entry when it was rated first."""
         return [
             one
             for one in self._terms
-            if not one.rating and (one.epoch, one.shard) == place and one.first <= row["n"] <= one.last
+            if not one.rating and (one.epoch, one.shard) == (epoch, shard) and one.first <= n <= one.last
         ]
 
     def _fee_holds(self, row: Row, stated: StatedTerms) -> bool:
@@ -169,6 +175,7 @@ class RowCheck:
         call = self._root(entry)
         made = rate(entry, _NO_BOOKS)
         if call is not None:
+            yield from self._of_kept_terms(entry, call)
             before = rate(call, _NO_BOOKS)
             changed = msgspec.structs.replace(call, usage=add_usage(call.usage, entry.usage))
             after = rate(changed, _NO_BOOKS)
@@ -182,6 +189,17 @@ class RowCheck:
             kind: count for kind, count in told.items() if count
         }:
             yield "its rows do not add up to the difference that it says"
+
+    def _of_kept_terms(self, entry: LedgerEntry, call: LedgerEntry) -> Iterator[str]:
+        """The terms that are stated of a correction are those that its call has."""
+        kept = self._kept.get((entry.epoch, entry.shard, entry.n))
+        if kept is None or kept.corrects != f"{call.shard}:{call.n}":
+            yield f"it is not stated that it has the terms of {call.shard}:{call.n}, which it corrects"
+        elif kept.rerated:
+            if kept.terms not in [one.terms for one in self._terms if one.rating == kept.rerated]:
+                yield f"its terms are not those of re-rating {kept.rerated}, by which its call was rated"
+        elif kept.terms not in [one.terms for one in self._terms_at(call.epoch, call.shard, call.n)]:
+            yield f"its terms are not those of {kept.corrects}, which it corrects"
 
     def _of_reratings(self, entry: LedgerEntry, rows: Sequence[Row]) -> Iterator[str]:
         """A re-rating has the quantities of the entry, once posted and once taken back."""

@@ -5,7 +5,8 @@ numbers go on without a gap and the epoch is the same, what follows can be nothi
 Nothing is skipped and nothing is corrected: of whatever does not fit, the part before it is exported, and then the
 shard's export stops with an IntegrityError until somebody has looked. The other shards go on.
 
-Reading and writing overlap: while a sink writes one block, the next is read. Memory holds one page, or a sink's block.
+Reading and writing overlap: while a sink writes one block, the next is read, and while a page is looked at, the store
+sends the next. Memory holds two pages, or a sink's block.
 
 Several sinks have a checkpoint each. The one that is furthest is held against the store first, since it knows most of
 what the store may have lost. What the store does not have any more, the others take over from it.
@@ -22,14 +23,14 @@ from typing import Any, Self
 import msgspec
 
 from meterlib.billing.archive.drafts import Draft, odd
-from meterlib.billing.archive.lines import Fields, Lines, OddEntryError, Page
+from meterlib.billing.archive.lines import Fields, Lines, OddEntryError, entries_of
 from meterlib.billing.archive.rows import fields_of
 from meterlib.billing.archive.segments import Position
 from meterlib.billing.archive.sinks import MovedError, Sink
 from meterlib.billing.export.start import Run, Start, begun_anew, gap
 from meterlib.errors import IntegrityError, SinkError
 from meterlib.store import flows
-from meterlib.store.commands import Forked
+from meterlib.store.commands import Forked, StoredPage
 
 PAGE = 200
 """Entries read at once: less than a millisecond of the server's time; larger pages are slower, for Python's sake."""
@@ -268,9 +269,8 @@ class _Job:
         start = Start(self._shard, self._position, self._known, head, run)
         self._epoch, after = start.found(self._exporter.accepted.epochs.get(self._shard))
         self._expected = after + 1
-        while page := run(flows.read_stored(self._shard, after, PAGE)):
-            self._take(page)
-            after = page[-1][0]
+        while page := run(flows.read_page(self._shard, after, PAGE)):
+            after = self._take(page)
             self._exporter.advance(len(page))
             if len(page) < PAGE:
                 break
@@ -322,15 +322,14 @@ class _Job:
         self._close_full()
         self._exporter.advance(1)
 
-    def _take(self, page: Page) -> None:
-        numbers = [n for n, _ in page]
-        regular = numbers == list(range(self._expected, self._expected + len(page)))
+    def _take(self, stored: StoredPage) -> int:
+        """Take up a page; returns the number of its last entry."""
         aside = self._exporter.accepted.aside
-        if aside and any((self._shard, n) in aside for n in numbers):
-            regular = False
-        if regular and {fields.get(b"epoch") for _, fields in page} == {self._epoch.encode()}:
-            self._add(page)
-            return
+        lines = None if aside else self._lines.plain(stored, self._expected, self._epoch)
+        if lines is not None:
+            self._add(lines)
+            return self._expected - 1
+        page = entries_of(stored)
         for n, fields in page:
             if n < self._expected:
                 entry = f"{self._shard}:{n}"
@@ -343,7 +342,8 @@ class _Job:
             if (self._shard, n) in aside:
                 self._set_aside(n, fields)
             else:
-                self._add([(n, fields)])
+                self._add(self._lines_of(n, fields))
+        return page[-1][0]
 
     def _switch(self, n: int, epoch: str) -> None:
         """The ledger goes on under another epoch."""
@@ -367,21 +367,19 @@ class _Job:
         self._expected = n + 1
         self._exported.aside += 1
 
-    def _add(self, page: Page) -> None:
-        while page:
+    def _lines_of(self, n: int, fields: Fields) -> list[bytes]:
+        try:
+            return self._lines.of([(n, fields)])
+        except OddEntryError as error:
+            raise odd(self._shard, error.n, error.reason) from None
+
+    def _add(self, lines: Sequence[bytes]) -> None:
+        while lines:
             draft = self._open_draft()
             room = self._sink.block_end(self._expected) - draft.last
-            part, page = page[:room], page[room:]
-            self._add_page(draft, part)
+            part, lines = lines[:room], lines[room:]
+            self._add_to(draft, part)
             self._close_full()
-
-    def _add_page(self, draft: Draft, page: Page) -> None:
-        try:
-            lines = self._lines.of(page)
-        except OddEntryError as error:
-            self._add_to(draft, self._lines.of(page[: error.n - page[0][0]]))
-            raise odd(self._shard, error.n, error.reason) from None
-        self._add_to(draft, lines)
 
     def _add_to(self, draft: Draft, lines: Sequence[bytes]) -> None:
         draft.add(lines, self._lines.unknown)

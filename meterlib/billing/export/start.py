@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from typing import Protocol, TypeVar
 
 from meterlib.billing.archive.lines import Lines, OddEntryError
@@ -107,7 +108,7 @@ class Start:
         return IntegrityError(
             "conflict",
             f"the store has another entry {entry} than the one that was exported (reservation"
-            f" {archived[b'id'].decode()!r}, booked at {archived[b'booked_at'].decode()} ms): it lost its tail, and"
+            f" {archived[b'id'].decode()!r}, booked at {_moment(int(archived[b'booked_at']))}): it lost its tail, and"
             f" went on. To look, and go on: meterlib ledger fork --shard {self._shard}",
             (entry,),
         )
@@ -133,6 +134,10 @@ def gap(shard: int, first: int, last: int, why: str) -> IntegrityError:
         f" --accept-gap {missing}",
         (missing,),
     )
+
+
+def _moment(ms: int) -> str:
+    return (datetime.fromtimestamp(0, UTC) + timedelta(milliseconds=ms)).isoformat(" ", "milliseconds")
 
 
 def _range(shard: int, first: int, last: int) -> str:

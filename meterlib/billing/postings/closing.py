@@ -9,7 +9,7 @@ archived. The archive alone can as well, if every shard has an entry that was bo
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -98,19 +98,24 @@ class Closing:
             following = month_at(self._postings.tz, last.until_ms).label
             raise InvalidInput("PERIOD", f"{last.period} was closed last, so {following} is the next")
 
-    def hindrances(self, words: Sequence[Word] | None, shards: int) -> list[str]:
+    def hindrances(self, words: Sequence[Word] | None, shards: int, retired: Collection[int] = ()) -> list[str]:
         """Why the period cannot be closed yet; nothing if it can.
 
         Args:
             words: what the store says of each shard; None to go by the archive alone.
             shards: how many the store has.
+            retired: further ones, of a store that is gone, of which nothing is still to come by somebody's word.
         """
-        return self._postings.steady(lambda: self._hindrances(words, shards))
+        return self._postings.steady(lambda: self._hindrances(words, shards, retired))
 
-    def _hindrances(self, words: Sequence[Word] | None, shards: int) -> list[str]:
+    def _hindrances(self, words: Sequence[Word] | None, shards: int, retired: Collection[int]) -> list[str]:
         found = []
-        if beyond := [shard for shard in self._postings.segments if shard >= shards]:
-            return [f"the archive has entries of shard {beyond[-1]}, and the store has {shards}: set [store] shards"]
+        if beyond := [shard for shard in sorted(self._postings.segments) if shard >= shards and shard not in retired]:
+            return [
+                f"the archive has entries of shard {beyond[-1]}, and the store has {shards}: set [store] shards; or, if"
+                " they are of a store that is gone, and all of it was exported, go on with"
+                f" {' '.join(f'--retired {shard}' for shard in beyond)}"
+            ]
         for shard in range(shards):
             archived = self._last_archived(shard)
             word = words[shard] if words is not None else None

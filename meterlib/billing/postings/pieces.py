@@ -33,17 +33,19 @@ from meterlib.billing.archive.segments import (
     PARQUET,
     Segment,
     VanishedError,
+    facts_of,
     publish,
     sync_folder,
     synced_digest,
     unreadable,
 )
+from meterlib.billing.prices.pinned import Scale, united
 from meterlib.billing.prices.terms import Terms
 from meterlib.billing.rating.rating_sql import COLUMNS
 from meterlib.core.money import ZERO, plus
 from meterlib.errors import IntegrityError
 
-RATED_SCHEMA = 1
+RATED_SCHEMA = 2
 FOLDER = "rated"
 STORED = {**COLUMNS, "booked_at_ms": "BIGINT", "touches_ms": "BIGINT"}
 """Columns of a file of rated rows.
@@ -71,15 +73,17 @@ class Made(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         first: entry of the range; so `last`.
         library: the version of meterlib.
-        sources: by each source of prices that was used, a digest of the rates that were used of it.
-        terms: of the tenants that the rows are of.
+        reposts: how many re-ratings had been posted by then; corrections go by those and none after them.
+        terms: those in force, of the tenants that have entries in the range. A correction's are those of its call.
+        scales: what the books in force said of all that rows are of. A correction may have the prices of its call.
     """
 
     first: int
     last: int
     library: str
-    sources: dict[str, str]
+    reposts: int = 0
     terms: list[TermsOf]
+    scales: list[Scale] = []
 
 
 class RatedFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -198,7 +202,7 @@ class RatedFiles:
 
     def facts(self, file: RatedFile) -> RatedFacts:
         """What a file's metadata say; they agree with its name."""
-        facts = facts_in(self.archive.database(), file.path)
+        facts = facts_of(self.archive.database(), file.path, RatedFacts)
         segment = file.segment
         told = (facts.epoch, facts.shard, facts.first, facts.last)
         if told != (segment.epoch, segment.shard, segment.first, segment.last):
@@ -292,7 +296,8 @@ def place_of(epoch: str, shard: int, first: int) -> str:
 
 def stage(database: Any, rows: str) -> None:
     """Have rated rows in the table `rated`, of the types that they are stored in."""
-    columns = ", ".join(f"{name}::{kind} AS {name}" for name, kind in STORED.items())
+    # Texts stay as they are: what has few values is an ENUM, and written much faster; in a file there is no difference.
+    columns = ", ".join(name if kind == "VARCHAR" else f"{name}::{kind} AS {name}" for name, kind in STORED.items())
     database.execute(f"CREATE OR REPLACE TEMP TABLE rated AS SELECT {columns} FROM ({rows})")
 
 
@@ -323,22 +328,6 @@ def sums_of(database: Any, source: str) -> dict[str, str]:
     return dict(zip(("rows", "unpriced", *_SUMS), found, strict=True))
 
 
-def facts_in(database: Any, file: Path) -> RatedFacts:
-    """What the metadata of a file of rated rows say.
-
-    Raises:
-        IntegrityError: it is no Parquet file, or none of ours.
-        VanishedError: it is gone.
-    """
-    try:
-        found = database.execute(
-            f"SELECT value FROM parquet_kv_metadata({duck.quoted(file)}) WHERE key = '{KEY}'"
-        ).fetchone()
-        return msgspec.json.decode(found[0], type=RatedFacts)
-    except (duck.failure(), msgspec.MsgspecError, UnicodeDecodeError, TypeError) as error:
-        raise unreadable(file, error) from None
-
-
 def unreadable_one(files: Sequence[Path], error: Exception) -> Exception:
     """What to say where one of several files cannot be read."""
     gone = [file for file in files if not file.exists()]
@@ -350,13 +339,21 @@ def merged(several: Sequence[Made]) -> list[Made]:
     found: list[Made] = []
     for made in several:
         last = found[-1] if found else None
-        alike = last is not None and (last.library, last.sources) == (made.library, made.sources)
-        terms = _terms_of_both(last.terms, made.terms) if last is not None and alike else None
-        if last is None or terms is None:
+        both = _of_both(last, made) if last is not None else None
+        if both is None:
             found.append(made)
         else:
-            found[-1] = msgspec.structs.replace(last, last=made.last, terms=terms)
+            found[-1] = both
     return found
+
+
+def _of_both(one: Made, other: Made) -> Made | None:
+    """One range in place of two; None if they were made with different things."""
+    terms, scales = _terms_of_both(one.terms, other.terms), united(one.scales, other.scales)
+    alike = (one.library, one.reposts) == (other.library, other.reposts)
+    if not alike or terms is None or scales is None:
+        return None
+    return msgspec.structs.replace(one, last=other.last, terms=terms, scales=scales)
 
 
 def terms_by_tenant(several: Sequence[TermsOf]) -> dict[str, Terms]:

@@ -72,6 +72,10 @@ class Postings:
         known = sorted({*self.segments, *self.rated})
         return {shard: rated[-1].segment.last if (rated := self.rated.get(shard)) else 0 for shard in known}
 
+    def count(self) -> int:
+        """About how many entries are archived; numbers that are lost for good count, too."""
+        return sum(one.last - one.first + 1 for segments in self.segments.values() for one in segments)
+
     def unrated(self) -> dict[int, int]:
         """How many archived entries of each shard are not rated yet; shards without any are left out."""
         found = {}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,11 +21,12 @@ from meterlib.billing.archive.rows import LINE, entry_from
 from meterlib.billing.archive.segments import Segment, VanishedError
 from meterlib.billing.postings.closes import closed_until
 from meterlib.billing.postings.pieces import RATED_SCHEMA, Made, RatedFacts, RatedFiles, grouped, stage, unreadable_one
-from meterlib.billing.postings.posted import posted_rows
+from meterlib.billing.postings.posted import Basis, Before, bases
+from meterlib.billing.postings.reposts import reposts_of
+from meterlib.billing.prices.pinned import scales_of
 from meterlib.billing.prices.prices import PriceBooks
 from meterlib.billing.prices.terms import Terms
 from meterlib.billing.rating.corrections import Corrected, Earlier, Place, place_of
-from meterlib.billing.rating.rated import RatedRow
 from meterlib.billing.rating.rating import rate
 from meterlib.billing.rating.rating_sql import COLUMNS, SqlRating
 from meterlib.core.ledger import LedgerEntry
@@ -128,9 +128,9 @@ class Rater:
         """Rate a block, unless somebody else has begun where it begins; what is done with it."""
         link = self._archive.facts(block.segments[-1]).link
         scratch = self._archive.work().folder
-        made = stage_block(
-            self._database, self._archive, block, self._prices, scratch, closed_until(self._archive.path), self._files
-        )
+        before = Before(self._files, len(reposts_of(self._files.path)))
+        closed_ms = closed_until(self._archive.path)
+        made = stage_block(self._database, self._archive, block, self._prices, scratch, closed_ms, before)
         facts = RatedFacts(
             schema=RATED_SCHEMA,
             shard=block.shard,
@@ -176,7 +176,7 @@ def stage_block(
     prices: Prices,
     scratch: Path,
     closed_ms: int = 0,
-    posted: RatedFiles | None = None,
+    before: Before | None = None,
 ) -> Made:
     """Have the rated rows of a block in the database's table `rated`; what they are made with.
 
@@ -187,14 +187,14 @@ def stage_block(
         prices: what by.
         scratch: a folder for what is temporary.
         closed_ms: when the last closed period ended, in ms since 1970 UTC; 0 if none is closed.
-        posted: where corrections find the prices that their calls were rated at; None to look all prices up.
+        before: where corrections find what their calls were rated by; None to rate those by these prices, too.
 
     Raises:
         VanishedError: the archive was compacted meanwhile.
     """
     try:
         with duck.disk_errors():
-            return _stage_block(database, archive, block, prices, scratch, closed_ms, posted)
+            return _stage_block(database, archive, block, prices, scratch, closed_ms, before)
     except duck.failure() as error:
         raise unreadable_one([archive.file(segment) for segment in block.segments], error) from None
     except OSError as error:  # which a file that is gone is, too
@@ -210,15 +210,10 @@ def _stage_block(
     prices: Prices,
     scratch: Path,
     closed_ms: int,
-    posted: RatedFiles | None,
+    before: Before | None,
 ) -> Made:
     source = block.source(archive)
-    used: dict[str, Terms] = {}
-
-    def terms_of(tenant: str) -> Terms:
-        return used.setdefault(tenant, prices.terms_of(tenant))
-
-    rating = SqlRating(database, source, prices.books, terms_of, carried=["booked_at"])
+    rating = SqlRating(database, source, prices.books, prices.terms_of, carried=["booked_at"])
     segments = [
         segment
         for segment in archive.segments(block.shard)
@@ -228,19 +223,19 @@ def _stage_block(
     corrections = f"SELECT * FROM ({rating.hard_sql}) WHERE kind = 'adjusted'"
     corrected = earlier.corrected(list(_entries(database, block.shard, corrections)))
     hard = _entries(database, block.shard, rating.hard_sql)
-    places = {place for one in corrected.values() for place in one.places}
-    known = {} if posted is None else posted_rows(posted, database, block.shard, places)
-    rows = _rated(hard, prices.books, terms_of, corrected, known)
+    known = {} if before is None else bases(before, database, block.shard, corrected, prices.books)
+    rows = _rated(hard, prices, corrected, known)
     _fill(database, scratch, "rated_hard", {**COLUMNS, "booked_at": "BIGINT"}, rows)
     _fill_touched(database, scratch, _touches(database, source, block, earlier, corrected))
+    ((left,),) = database.execute("SELECT count(*) FROM rated_hard").fetchall()
     stage(
         database,
         f"SELECT r.*, greatest(r.booked_at, {closed_ms}) AS booked_at_ms,"
         f" coalesce(t.touches_ms, if(r.booked_at < {closed_ms}, r.booked_at, 0)) AS touches_ms"
-        f" FROM ({rating.rows_sql} UNION ALL BY NAME SELECT * FROM rated_hard) r"
+        f" FROM ({rating.rows_sql}{' UNION ALL BY NAME SELECT * FROM rated_hard' if left else ''}) r"
         " LEFT JOIN rated_touched t ON r.n = t.n",
     )
-    return _made(database, block, used)
+    return _made(database, source, block, prices, 0 if before is None else before.reposts)
 
 
 def _entries(database: Any, shard: int, query: str) -> Iterator[LedgerEntry]:
@@ -252,18 +247,15 @@ def _entries(database: Any, shard: int, query: str) -> Iterator[LedgerEntry]:
 
 
 def _rated(
-    entries: Iterable[LedgerEntry],
-    books: PriceBooks,
-    terms_of: Callable[[str], Terms],
-    corrected: dict[Place, Corrected],
-    posted: dict[Place, list[RatedRow]],
+    entries: Iterable[LedgerEntry], prices: Prices, corrected: dict[Place, Corrected], known: dict[Place, Basis]
 ) -> Iterator[dict[str, Any]]:
     """The rows of those entries that SQL leaves to `rate`, by column."""
     for entry in entries:
-        found = corrected.get(place_of(entry))
+        found, basis = corrected.get(place_of(entry)), known.get(place_of(entry))
         call = None if found is None else found.entry
-        known = [] if found is None else [row for place in found.places for row in posted.get(place, ())]
-        for row in rate(entry, books, terms_of(entry.tenant), corrects=call, posted=known):
+        terms = prices.terms_of(entry.tenant) if basis is None or basis.terms is None else basis.terms
+        books, posted = (prices.books, []) if basis is None else (basis.books, basis.rows)
+        for row in rate(entry, books, terms, corrects=call, posted=posted):
             yield {**{name: getattr(row, name) for name in COLUMNS}, "booked_at": entry.booked_at}
 
 
@@ -316,21 +308,19 @@ def unpriced_models(database: Any) -> dict[str, int]:
     return dict(database.execute(query).fetchall())
 
 
-def _made(database: Any, block: Block, terms: dict[str, Terms]) -> Made:
-    query = "SELECT DISTINCT price_source, price_digest FROM rated WHERE price_source <> ''"
-    digests = set(database.execute(query).fetchall())
+def _made(database: Any, source: str, block: Block, prices: Prices, reposts: int) -> Made:
+    tenants = database.execute(f"SELECT DISTINCT tenant FROM ({source})").fetchall()
+    key = "provider, model, variant, geo"
+    used = database.execute(
+        f"SELECT {key}, min(first_ms), max(last_ms) FROM (SELECT {key}, min(at_ms) AS first_ms, max(at_ms) AS last_ms"
+        f" FROM rating_calls GROUP BY ALL UNION ALL SELECT {key}, at_ms, at_ms FROM rated_hard)"
+        " GROUP BY ALL ORDER BY ALL"
+    ).fetchall()
     return Made(
         first=block.first,
         last=block.last,
         library=meterlib.__version__,
-        sources=digest_by_source(digests),
-        terms=grouped(terms),
+        reposts=reposts,
+        terms=grouped({tenant: prices.terms_of(tenant) for (tenant,) in tenants}),
+        scales=[scale for *key, first, last in used for scale in scales_of(prices.books, tuple(key), first, last)],
     )
-
-
-def digest_by_source(digests: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Of the digests of all rates that were used of a source, one."""
-    found: dict[str, list[str]] = {}
-    for label, digest in sorted(digests):
-        found.setdefault(label, []).append(digest)
-    return {label: sha256("\n".join(several).encode()).hexdigest() for label, several in found.items()}

@@ -15,10 +15,11 @@ from pathlib import Path
 import msgspec
 
 from meterlib.billing.postings.pieces import TermsOf
+from meterlib.billing.prices.pinned import Scale
 from meterlib.errors import IntegrityError
 
 MANIFEST = "manifest.json"
-REPOST_SCHEMA = 1
+REPOST_SCHEMA = 2
 _FOLDER = re.compile(r"rating-([0-9]{4,})")
 
 
@@ -33,8 +34,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         book: what prices were asked for.
         since_ms: calls from this moment on were rated again; None for all.
         until_ms: calls before this moment; None for all.
-        sources: by each source of prices that was used, a digest of the rates that were used of it.
-        terms: of the tenants that rows were posted of.
+        terms: of the tenants that were rated again.
+        scales: what the books said of all that was rated again.
         files: the files of rows, each with its control totals.
         digest: of all else.
     """
@@ -46,8 +47,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     book: str
     since_ms: int | None
     until_ms: int | None
-    sources: dict[str, str]
     terms: list[TermsOf]
+    scales: list[Scale]
     files: dict[str, dict[str, str]]
     digest: str = ""
 

@@ -33,9 +33,10 @@ from meterlib.billing.postings.pieces import (
     unreadable_one,
 )
 from meterlib.billing.postings.pieces import sums_of as sums_of_rows
-from meterlib.billing.postings.rater import Block, Prices, digest_by_source, stage_block
+from meterlib.billing.postings.rater import Block, Prices, stage_block
 from meterlib.billing.postings.reposts import MANIFEST, REPOST_SCHEMA, Manifest, Repost, encoded, folder_of, reposts_of
 from meterlib.billing.postings.rerating_sql import COSTS_CHANGED, LINES, stage_deltas
+from meterlib.billing.prices.pinned import Scale, united
 from meterlib.billing.prices.terms import Terms
 from meterlib.billing.rating.corrections import Place
 from meterlib.billing.rating.rated import COSTS
@@ -97,7 +98,7 @@ class Rerating:
         self._reposts: list[Repost] = reposts_of(self._files.path)
         self.number = len(self._reposts) + 1
         self._sums: dict[str, dict[str, str]] = {}
-        self._digests: set[tuple[str, str]] = set()
+        self._scales: list[Scale] = []
         self._terms: dict[str, Terms] = {}
         self.changes: dict[str, ModelChange] = {}
         self.rows = 0
@@ -145,6 +146,7 @@ class Rerating:
             self._stage_deltas(file, first)
             self._keep(segment, first)
             self._terms |= terms_by_tenant(made.terms)
+            self._scales = united(self._scales, made.scales) or []
         return segment.last - first + 1
 
     def _concerned(self, file: RatedFile) -> bool:
@@ -206,8 +208,6 @@ class Rerating:
             change.unpriced += max(0, is_unpriced - was_unpriced)
         for model, currency, *costs in self._query(COSTS_CHANGED, []):
             self.changes[model].add(currency, dict(zip(COSTS, map(Decimal, costs), strict=True)))
-        query = "SELECT DISTINCT price_source, price_digest FROM deltas WHERE NOT delta_old AND price_source <> ''"
-        self._digests |= set(self._query(query, []))
         self._write(segment, first)
 
     def _write(self, segment: Segment, first: int) -> None:
@@ -240,8 +240,8 @@ class Rerating:
             book=self._book,
             since_ms=self._span[0],
             until_ms=self._span[1],
-            sources=digest_by_source(self._digests),
             terms=grouped(self._terms),
+            scales=self._scales,
             files=dict(sorted(self._sums.items())),
         )
         file = self._draft / MANIFEST

@@ -2,15 +2,14 @@
 
 Of each file the digest, the range and the sums are checked; of each row that its price times its quantity is its cost,
 that its customer's price follows from the list price by the terms the file names, and that it is of an entry of the
-archive and of all that it used, by making the rows once more without prices. What a price ought to be, no archive can
-tell; that one rate has one price throughout it, it can.
+archive and of all that it used. That is done by rating the entries once more, by the prices and terms that the files
+say they were rated by; corrections by those of their calls. Whether those are the provider's, no archive can tell.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from decimal import Decimal
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -24,14 +23,23 @@ from meterlib.billing.archive.segments import Segment, VanishedError, digest_of_
 from meterlib.billing.archive.verify import Mark
 from meterlib.billing.postings.closes import Close, closes_of, file_of
 from meterlib.billing.postings.closing import Closing
-from meterlib.billing.postings.pieces import RATED_SCHEMA, Made, RatedFile, RatedFiles, sums_of, terms_by_tenant
+from meterlib.billing.postings.pieces import (
+    RATED_SCHEMA,
+    STORED,
+    Made,
+    RatedFile,
+    RatedFiles,
+    sums_of,
+    terms_by_tenant,
+)
+from meterlib.billing.postings.posted import Before
 from meterlib.billing.postings.postings import Postings
 from meterlib.billing.postings.rater import Block, Prices, stage_block
 from meterlib.billing.postings.reposts import Repost, reposts_of
+from meterlib.billing.prices.pinned import PinnedBooks
 from meterlib.billing.prices.prices import PER, PriceBooks
 from meterlib.billing.prices.terms import LIST
 from meterlib.billing.rating.rated import COSTS
-from meterlib.billing.rating.rating import FEE_LINES, customer_prices
 from meterlib.billing.rating.rerating import RERATED_LINES, TAKEN_BACK
 from meterlib.errors import IntegrityError
 
@@ -99,7 +107,6 @@ class _RatedCheck:
         self._advance = advance
         self._found = RatedVerdict()
         self._database = duck.connect(scratch)
-        self._prices: dict[tuple[str, str], Decimal] = {}
         self._ends: set[int] = set()
 
     def verdict(self) -> RatedVerdict:
@@ -158,8 +165,7 @@ class _RatedCheck:
         if wrong := [name for name, total in sums.items() if facts.sums.get(name) != total]:
             raise _damaged(file.path, f"control totals differ: {', '.join(wrong)}")
         self._check_rows(file.path, file.segment, "line >= 0 AND posting = if(reverses < 0, 1, -1)")
-        self._check_terms(file.path, facts.made)
-        self._check_entries(file)
+        self._check_entries(file, facts.made)
 
     def _stage(self, *files: Path) -> None:
         listed = ", ".join(duck.quoted(file) for file in files)
@@ -177,7 +183,6 @@ class _RatedCheck:
         doubled = self._rows("SELECT n, line FROM checked GROUP BY n, line HAVING count(*) > 1 ORDER BY ALL LIMIT 1")
         if doubled:
             raise _damaged(file, f"line {doubled[0][1]} of entry {segment.shard}:{doubled[0][0]} is there twice")
-        self._check_one_price(file, segment)
 
     def _refuse(self, file: Path, condition: str, problem: str) -> None:
         wrong = self._rows(f"SELECT shard, n, line FROM checked WHERE {condition} ORDER BY n, line LIMIT 1")
@@ -189,67 +194,59 @@ class _RatedCheck:
         found: list[tuple[Any, ...]] = self._database.execute(query).fetchall()
         return found
 
-    def _check_one_price(self, file: Path, segment: Segment) -> None:
-        """One rate has one price for each kind of token, in all of the archive."""
-        query = (
-            "SELECT price_digest, token_type, list_price, min(n) FROM checked"
-            " WHERE unpriced = '' AND charge = 'usage' GROUP BY ALL ORDER BY ALL"
-        )
-        for digest, kind, price, n in self._rows(query):
-            if self._prices.setdefault((digest, kind), price) != price:
-                entry = f"{segment.shard}:{n}"
-                raise _damaged(file, f"entry {entry} has another price for {kind} than others by rate {digest[:16]}")
-
-    def _check_terms(self, file: Path, made: Sequence[Made], where: str = "true") -> None:
-        """Customers' prices follow from list prices by the terms that the file names."""
-        names = "list_price, contracted_price, billed_price, upstream_price"
-        fees = f"LEFT JOIN checked u ON c.charge = 'platform_fee' AND u.n = c.n AND u.line = c.line - {FEE_LINES}"
-        for one in made:
-            terms = terms_by_tenant(one.terms)
-            query = (
-                f"SELECT c.tenant, c.funding, c.charge, u.list_price AS fee_of, c.{names.replace(', ', ', c.')},"
-                f" min(c.n), min(c.shard) FROM checked c {fees} WHERE c.unpriced = '' AND {where}"
-                f" AND c.n BETWEEN {one.first} AND {one.last} GROUP BY ALL ORDER BY ALL"
-            )
-            for tenant, funding, charge, fee_of, *prices, n, shard in self._rows(query):
-                own = terms.get(tenant)
-                if own is not None and charge == "platform_fee":
-                    fee = None if fee_of is None else own.fee(fee_of)
-                    expected: Any = (0, fee, fee, 0)
-                else:
-                    expected = None if own is None else customer_prices(prices[0], own, funding)
-                if expected is None or tuple(prices) != tuple(expected):
-                    raise _damaged(file, f"a price of entry {shard}:{n} is not that of the terms of tenant {tenant!r}")
-
-    def _check_entries(self, file: RatedFile) -> None:
-        """The rows are of what the archive's entries used: all of it, and nothing else."""
+    def _check_entries(self, file: RatedFile, several: Sequence[Made]) -> None:
+        """The rows are of what the archive's entries used, all of it and nothing else, at the pinned prices."""
         segment = file.segment
-        held = [
+        held = self._held(segment)
+        if not held or held[0].first > segment.first or held[-1].last < segment.last:
+            entries = f"{segment.shard}:{segment.first}-{segment.last}"
+            raise _damaged(file.path, f"the archive does not have all of its entries {entries}")
+        ranges = [(made.first, made.last) for made in several]
+        if [first for first, _ in ranges] + [segment.last + 1] != [segment.first] + [last + 1 for _, last in ranges]:
+            raise _damaged(file.path, "does not say what all of its rows were made with")
+        for made in several:
+            self._stage_again(segment, made, held, Before(self._files, made.reposts))
+            self._check_range(file.path, segment, made)
+
+    def _held(self, segment: Segment) -> list[Segment]:
+        """The archive's segments that have entries of a range."""
+        return [
             one
             for one in self._archive.segments(segment.shard)
             if one.epoch == segment.epoch and one.first <= segment.last and one.last >= segment.first
         ]
-        if not held or held[0].first > segment.first or held[-1].last < segment.last:
-            entries = f"{segment.shard}:{segment.first}-{segment.last}"
-            raise _damaged(file.path, f"the archive does not have all of its entries {entries}")
-        block = Block(
-            shard=segment.shard, first=segment.first, last=segment.last, follows=("", 0), segments=tuple(held)
-        )
-        stage_block(self._database, self._archive, block, _NO_PRICES, self._scratch)
-        told, expected = (_USED.format(table=table) for table in ("checked", "rated"))
-        differs = f"(({told}) EXCEPT ALL ({expected})) UNION ALL (({expected}) EXCEPT ALL ({told}))"
-        wrong = self._rows(f"SELECT n FROM ({differs}) ORDER BY n LIMIT 1")
-        if wrong:
-            raise _damaged(file.path, f"the rows of entry {segment.shard}:{wrong[0][0]} are not of what it used")
+
+    def _stage_again(self, segment: Segment, made: Made, held: Sequence[Segment], before: Before | None) -> None:
+        """Rate the entries of a range once more, by what their rows were made with."""
+        segments = tuple(one for one in held if one.first <= made.last and one.last >= made.first)
+        block = Block(shard=segment.shard, first=made.first, last=made.last, follows=("", 0), segments=segments)
+        terms = terms_by_tenant(made.terms)
+        prices = Prices(books=PinnedBooks(made.scales, PriceBooks()), terms_of=lambda tenant: terms.get(tenant, LIST))
+        stage_block(self._database, self._archive, block, prices, self._scratch, before=before)
+
+    def _check_range(self, file: Path, segment: Segment, made: Made) -> None:
+        within = f"(SELECT * FROM checked WHERE n BETWEEN {made.first} AND {made.last})"
+        if self._differing(_PRICED, within) is not None:
+            if (n := self._differing(_USED, within)) is not None:
+                raise _damaged(file, f"the rows of entry {segment.shard}:{n} are not of what it used")
+            entry = f"{segment.shard}:{self._differing(_PRICED, within)}"
+            raise _damaged(file, f"the rows of entry {entry} do not have the prices that it was rated by")
         untils = ", ".join(map(str, sorted(self._ends))) or "-1"
         moved = self._rows(
-            "SELECT n FROM (SELECT DISTINCT n, booked_at_ms AS b, touches_ms AS t FROM checked) c"
+            f"SELECT n FROM (SELECT DISTINCT n, booked_at_ms AS b, touches_ms AS t FROM {within}) c"
             " JOIN (SELECT DISTINCT n, booked_at_ms AS b, touches_ms AS t FROM rated) r USING (n)"
             f" WHERE (c.b <> r.b AND (c.b < r.b OR c.b NOT IN ({untils}))) OR (c.b = r.b AND c.t <> r.t)"
             " ORDER BY n LIMIT 1"
         )
         if moved:
-            raise _damaged(file.path, f"entry {segment.shard}:{moved[0][0]} was booked at another time than it says")
+            raise _damaged(file, f"entry {segment.shard}:{moved[0][0]} was booked at another time than it says")
+
+    def _differing(self, query: str, rows: str) -> int | None:
+        """The first entry of which some rows are not those that rating makes; None if there is none."""
+        told, expected = query.format(table=rows), query.format(table="rated")
+        differs = f"(({told}) EXCEPT ALL ({expected})) UNION ALL (({expected}) EXCEPT ALL ({told}))"
+        found: int | None = self._rows(f"SELECT min(n) FROM ({differs})")[0][0]
+        return found
 
     # ── Re-ratings ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -278,10 +275,25 @@ class _RatedCheck:
             raise _damaged(path, "control totals differ from those of the manifest")
         start = RERATED_LINES * repost.number
         self._check_rows(path, segment, f"line >= {start} AND line < {start + RERATED_LINES}")
-        new = f"c.line & {TAKEN_BACK} = 0 AND c.reverses < 0"
-        made = Made(first=segment.first, last=segment.last, library="", sources={}, terms=repost.manifest.terms)
-        self._check_terms(path, [made], new)
+        told = repost.manifest
+        made = Made(first=segment.first, last=segment.last, library="", terms=told.terms, scales=told.scales)
         self._check_taken_back(path, segment, before)
+        self._check_posted_anew(path, segment, made, start)
+
+    def _check_posted_anew(self, path: Path, segment: Segment, made: Made, start: int) -> None:
+        """What is posted anew is what the entries cost at the prices and terms of the re-rating."""
+        held = self._held(segment)
+        if not held or held[0].first > segment.first or held[-1].last < segment.last:
+            return  # which the file of their first rating says already
+        self._stage_again(segment, made, held, None)
+        columns = ", ".join(f"({name} = '') AS {name}" if name == "unpriced" else name for name in _OF_PRICE)
+        wrong = self._rows(
+            f"(SELECT n, line - {start}, {columns} FROM checked WHERE line & {TAKEN_BACK} = 0)"
+            f" EXCEPT ALL (SELECT n, line, {columns} FROM rated) ORDER BY n LIMIT 1"
+        )
+        if wrong:
+            entry = f"{segment.shard}:{wrong[0][0]}"
+            raise _damaged(path, f"the rows of entry {entry} do not have the prices that it was rated by")
 
     def _check_taken_back(self, path: Path, segment: Segment, before: Sequence[Repost]) -> None:
         """What is taken back stood, is taken back in full and once, and what it was of is posted anew."""
@@ -329,8 +341,6 @@ class _RatedCheck:
         return Closing(Postings(self._archive, close.tz), close.period).differences()
 
 
-_NO_PRICES = Prices(books=PriceBooks(), terms_of=lambda tenant: LIST)
-
 _PRICE_NAMES = [cost.replace("cost", "price") for cost in COSTS]
 _COHERENT = " AND ".join(
     [
@@ -363,6 +373,14 @@ _USED = (
     " token_type, variant, geo, quality, sum(quantity) AS quantity FROM {table}"
     " WHERE charge = 'usage' GROUP BY ALL HAVING sum(quantity) <> 0 OR kind <> 'adjusted'"
 )
+
+
+_OF_PRICE = [name for name in STORED if name not in ("line", "flags", "reverses", "booked_at_ms", "touches_ms")]
+_PRICED = (
+    f"SELECT line, reverses, {', '.join(name for name in _OF_PRICE if name != 'unpriced')}, (unpriced = '') AS priced"
+    " FROM {table}"
+)
+"""All that a row says, but for words that a later version may choose otherwise."""
 
 
 def _damaged(file: Path, problem: str) -> IntegrityError:

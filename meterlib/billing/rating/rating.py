@@ -58,11 +58,11 @@ def rate(
 
     Args:
         entry: of any kind.
-        books: where prices are looked up.
-        terms: of the entry's tenant.
+        books: where prices are looked up; of an `adjusted` entry, those that its call was rated by.
+        terms: of the entry's tenant; of an `adjusted` entry, those that its call was rated by.
         corrects: of an `adjusted` entry: the one it corrects, its usage with all earlier corrections included.
-        posted: the rows of that one and of its earlier corrections, in the order in which they were posted. Their list
-            prices hold for the correction as well, so that what is taken back is taken back at the price it had.
+        posted: the rows that stand of it and of its earlier corrections, in the order in which they were posted. Their
+            list prices hold for the correction as well: what is taken back is taken back at the price it had.
     """
     if entry.kind == "adjusted" and corrects is not None:
         return RatedRows(_difference(entry, books, terms, corrects, StandingPrices(posted)))

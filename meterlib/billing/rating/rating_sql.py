@@ -22,6 +22,7 @@ from meterlib.billing.rating.measures import KINDS, OTHER, PROVIDER, SPLIT_CONTR
 from meterlib.billing.rating.rated import each_of
 from meterlib.billing.rating.rating import FEE_LINES, customer_prices, reason_of
 from meterlib.core.money import ZERO
+from meterlib.core.policy import Funding
 
 COLUMNS = {
     "epoch": "VARCHAR",
@@ -86,7 +87,8 @@ _ROWS_AT_ONCE = 1000
 _HARD = (
     "(kind = 'adjusted' OR coalesce(json_array_length(iterations), 0) > 0"
     " OR NOT list_has_all({names}, names)"
-    " OR NOT list_has_all({tools}, coalesce(json_keys(outcome, '$.usage.server_tool_use'), [])))"
+    " OR CASE WHEN list_contains(names, 'server_tool_use') THEN"
+    " NOT list_has_all({tools}, coalesce(json_keys(outcome, '$.usage.server_tool_use'), [])) ELSE false END)"
 )
 
 
@@ -94,7 +96,7 @@ class SqlRating:
     """A rating of the entries of a relation, ready to be read.
 
     Args:
-        connection: of DuckDB; four tables are left in its temporary schema, so one rating is read at a time.
+        connection: of DuckDB; five tables are left in its temporary schema, so one rating is read at a time.
         source: SQL of entries, with the columns of an archive and `shard`.
         books: where prices are looked up.
         terms_of: the terms of each tenant.
@@ -122,108 +124,118 @@ class SqlRating:
         self._passes = "SELECT * FROM rating_passes WHERE NOT hard"
         self._carried = carried
         self._make_cases(connection, books, terms_of)
+        connection.execute(f"CREATE OR REPLACE TEMP TABLE rating_calls AS {self._calls_sql()}")
         self.rows_sql = self._rows_sql()
 
     def _make_cases(self, connection: Any, books: PriceBooks, terms_of: Callable[[str], Terms]) -> None:
         """Tables of all that may apply: which case a call is, whose terms hold, and what each slot costs then."""
-        used = connection.execute(f"SELECT DISTINCT provider, model, variant, geo, tenant FROM ({self._passes})")
-        found = used.fetchall()
+        found = connection.execute(f"SELECT DISTINCT {', '.join(_NAMES)} FROM ({self._passes})").fetchall()
+        self._known = {name: _enum(told) for name, told in zip(_NAMES, zip(*found, strict=True), strict=False)}
         terms = {tenant: terms_of(tenant) for *_, tenant in found}
+        fundings: list[Funding] = sorted({row[4] for row in found})
         numbers = {one: at for at, one in enumerate(dict.fromkeys(terms.values()))}
-        served = sorted({row[:4] for row in found})
         case_rows: list[tuple[Any, ...]] = []
         price_rows: list[tuple[Any, ...]] = []
-        for key in served:
+        for key in sorted({row[:4] for row in found}):
             for case in cases(books, *key):
                 number = len(case_rows)
-                rate = case.found if isinstance(case.found, Rate) else None
-                told = (
-                    (rate.source, rate.model, rate.digest, rate.valid_from, rate.above, rate.currency)
-                    if rate
-                    else ("", "", "", "", 0, "")
-                )
-                case_rows.append((number, *key, case.from_ms, case.until_ms, case.above, case.upto, *told))
+                case_rows.append((number, *key, case.from_ms, case.until_ms, case.above, case.upto))
                 for one, at in numbers.items():
-                    price_rows += _prices(number, at, case.found, one)
+                    price_rows += _prices(number, at, case.found, one, fundings)
         _fill(connection, "rating_cases", _CASES, case_rows)
-        _fill(connection, "rating_prices", _PRICES, price_rows)
+        texts = [_enum(row[at] for row in price_rows) for at in range(-len(_TEXTS), 0)]
+        told = ", ".join(f"{name} {kind}" for name, kind in zip(_TEXTS, texts, strict=True))
+        _fill(connection, "rating_prices", f"{_PRICES}, {told}", price_rows)
         term_rows = [(tenant, numbers[own]) for tenant, own in sorted(terms.items(), key=lambda item: item[0])]
         _fill(connection, "rating_terms", "tenant VARCHAR, terms INTEGER", term_rows)
+
+    def _calls_sql(self) -> str:
+        """SQL of each call, its case and terms; a table of it tells DuckDB how many there are, and so how to join."""
+        known = ", ".join(f"p.{name}::{kind} AS {name}" for name, kind in self._known.items())
+        replaced = f"REPLACE ({known})" if known else ""
+        return (
+            f"SELECT p.* {replaced}, c.c_case AS call_case, t.terms FROM ({self._passes}) p"
+            " JOIN rating_cases c ON p.provider = c.c_provider AND p.model = c.c_model AND p.variant = c.c_variant"
+            " AND p.geo = c.c_geo AND p.at_ms >= c.from_ms AND p.at_ms < c.until_ms"
+            " AND p.prompt > c.c_above AND p.prompt <= c.upto"
+            " JOIN rating_terms t ON p.tenant = t.tenant"
+        )
 
     def _rows_sql(self) -> str:
         amounts = ", ".join(f"{{slot: {slot}, quantity: a{slot}}}" for slot in range(OTHER))
         flags = (
-            f"CASE WHEN slot = {WRITE_UNSPLIT} THEN '{SPLIT_UNKNOWN}'"
-            f" WHEN slot IN (2, 3) AND unsplit < 0 THEN '{SPLIT_CONTRADICTS}' ELSE '' END"
+            f"(CASE WHEN slot = {WRITE_UNSPLIT} THEN '{SPLIT_UNKNOWN}'"
+            f" WHEN slot IN (2, 3) AND unsplit < 0 THEN '{SPLIT_CONTRADICTS}' ELSE '' END)"
+            f"::{_enum(('', SPLIT_UNKNOWN, SPLIT_CONTRADICTS))}"
         )
         lines = (
-            f"SELECT p.* EXCLUDE (a0, a1, a2, a3, a4, a5, a6, a7, a8), unnest([{amounts}], recursive := true)"
-            f" FROM ({self._passes}) p"
+            f"SELECT * EXCLUDE (a0, a1, a2, a3, a4, a5, a6, a7, a8), unnest([{amounts}], recursive := true)"
+            " FROM rating_calls"
         )
         joined = (
-            f"SELECT l.*, c.*, r.*, {flags} AS flags, quantity IS NOT NULL AND r.list_price IS NOT NULL AS priced"
-            f" FROM ({lines}) l"
-            " JOIN rating_cases c ON l.provider = c.c_provider AND l.model = c.c_model AND l.variant = c.c_variant"
-            " AND l.geo = c.c_geo AND l.at_ms >= c.from_ms AND l.at_ms < c.until_ms"
-            " AND l.prompt > c.c_above AND l.prompt <= c.upto"
-            " JOIN rating_terms t ON l.tenant = t.tenant"
-            " JOIN rating_prices r ON r.r_case = c.c_case AND r.r_slot = l.slot AND r.r_terms = t.terms"
-            " AND r.r_funding = l.funding AND (r.charge = 'usage' OR quantity IS NOT NULL)"
-            " WHERE quantity IS NULL OR quantity <> 0"
+            f"SELECT l.*, r.*, {flags} AS flags"
+            f" FROM (SELECT * FROM ({lines}) WHERE quantity IS NULL OR quantity <> 0) l JOIN rating_prices r"
+            " ON r.r_case = l.call_case AND r.r_slot = l.slot AND r.r_terms = l.terms AND r.r_own = (l.funding = 'own')"
+            " AND r.r_known = (l.quantity IS NOT NULL)"
         )
         names = (*COLUMNS, *self._carried)
         return f"SELECT {', '.join(f'{_SELECT.get(name, name)} AS {name}' for name in names)} FROM ({joined})"
 
 
+_NAMES = ("provider", "model", "variant", "geo", "funding", "kind", "quality", "epoch", "tenant")
+_TEXTS = ("charge", "token_type", "currency", "price_source", "price_model", "price_digest", "price_from", "unpriced")
+_ENUM_MAX = 1_000
 _CASES = (
     "c_case INTEGER, c_provider VARCHAR, c_model VARCHAR, c_variant VARCHAR, c_geo VARCHAR, from_ms BIGINT,"
-    " until_ms BIGINT, c_above BIGINT, upto BIGINT, source VARCHAR, price_model VARCHAR, digest VARCHAR,"
-    " valid_from VARCHAR, tier BIGINT, currency VARCHAR"
+    " until_ms BIGINT, c_above BIGINT, upto BIGINT"
 )
 _PRICES = (
-    "r_case INTEGER, r_terms INTEGER, r_funding VARCHAR, r_slot INTEGER, charge VARCHAR, token_type VARCHAR,"
-    " per INTEGER, list_price DECIMAL(18,6), contracted_price DECIMAL(18,6), billed_price DECIMAL(18,6),"
+    "r_case INTEGER, r_terms INTEGER, r_own BOOLEAN, r_slot INTEGER, r_known BOOLEAN, per INTEGER, above BIGINT,"
+    " list_price DECIMAL(18,6), contracted_price DECIMAL(18,6), billed_price DECIMAL(18,6),"
     " upstream_price DECIMAL(18,6), list_each DECIMAL(18,12), contracted_each DECIMAL(18,12),"
-    " billed_each DECIMAL(18,12), upstream_each DECIMAL(18,12), reason VARCHAR, reason_unknown VARCHAR"
+    " billed_each DECIMAL(18,12), upstream_each DECIMAL(18,12)"
 )
 _SELECT: dict[str, str] = {
     "line": f"slot + if(charge = 'usage', 0, {FEE_LINES})",
-    "pass_kind": "'call'",
+    "pass_kind": "'call'::ENUM('call')",
     "quantity": "coalesce(quantity, 0)",
-    **{f"{name}_price": f"if(priced, {name}_price, NULL)" for name in ("list", "contracted", "billed", "upstream")},
     **{
-        f"{name}_cost": f"if(priced, (quantity::DECIMAL(19,0) * {name}_each)::DECIMAL(38,12), NULL)"
+        f"{name}_cost": f"(quantity::DECIMAL(19,0) * {name}_each)::DECIMAL(38,12)"
         for name in ("list", "contracted", "billed", "upstream")
     },
-    "currency": "if(priced, currency, '')",
-    "price_source": "if(priced, source, '')",
-    "price_model": "if(priced, price_model, '')",
-    "price_digest": "if(priced, digest, '')",
-    "price_from": "if(priced, valid_from, '')",
-    "above": "if(priced, tier, 0)",
-    "unpriced": "CASE WHEN quantity IS NULL THEN reason_unknown WHEN priced THEN '' ELSE reason END",
     "reverses": "-1",
     "posting": "1",
 }
 
 
-def _prices(case: int, number: int, found: Rate | Unpriced, terms: Terms) -> Iterable[tuple[Any, ...]]:
-    """What each slot costs in a case by some terms, for both ways of funding."""
+def _prices(
+    case: int, number: int, found: Rate | Unpriced, terms: Terms, fundings: Sequence[Funding]
+) -> Iterable[tuple[Any, ...]]:
+    """What each slot costs in a case by some terms, for some ways of funding."""
     for slot in range(OTHER):
         kind = KINDS[slot]
         price = found.prices.get(kind) if isinstance(found, Rate) else None
-        reasons = ("" if price is not None else reason_of(found, slot, 0, ""), reason_of(found, slot, None, ""))
-        for funding in ("hosted", "own"):
-            key = (case, number, funding, slot)
-            if price is None:
-                yield (*key, "usage", kind, PER[kind], *[None] * 8, *reasons)
+        unknown = ("usage", kind, "", "", "", "", "", reason_of(found, slot, None, ""))
+        unpriced = (*unknown[:-1], "" if price is not None else reason_of(found, slot, 0, ""))
+        for funding in fundings:
+            key = (case, number, funding == "own", slot)
+            yield (*key, False, PER[kind], 0, *[None] * 8, *unknown)
+            if price is None or not isinstance(found, Rate):
+                yield (*key, True, PER[kind], 0, *[None] * 8, *unpriced)
                 continue
+            told = (kind, found.currency, found.source, found.model, found.digest, found.valid_from, "")
             prices = customer_prices(price, terms, funding)
-            yield (*key, "usage", kind, PER[kind], *prices, *_each(prices, PER[kind]), *reasons)
+            yield (*key, True, PER[kind], found.above, *prices, *_each(prices, PER[kind]), "usage", *told)
             if funding == "own" and terms.platform_fee:
                 fee = terms.fee(price)
                 fees = (ZERO, fee, fee, ZERO)
-                yield (*key, "platform_fee", kind, PER[kind], *fees, *_each(fees, PER[kind]), *reasons)
+                yield (*key, True, PER[kind], found.above, *fees, *_each(fees, PER[kind]), "platform_fee", *told)
+
+
+def _enum(values: Iterable[str]) -> str:
+    """The type of a column that has these values alone, so that DuckDB moves numbers and not texts."""
+    known = sorted({value for value in values if value is not None})
+    return f"ENUM({', '.join(map(quoted, known))})" if 0 < len(known) <= _ENUM_MAX else "VARCHAR"
 
 
 def _each(prices: Iterable[Decimal], per: int) -> list[Decimal]:

@@ -15,7 +15,7 @@ class StandingPrices:
     """The prices in some rows; of one thing that has several, the last holds.
 
     Args:
-        posted: rows of one call, of its corrections and of re-ratings, in the order in which they were posted.
+        posted: the rows that stand of one call and its corrections, in the order in which they were posted.
     """
 
     def __init__(self, posted: Iterable[RatedRow] = ()) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, TypeVar
 
@@ -76,7 +76,9 @@ class Sides(msgspec.Struct, frozen=True, kw_only=True):
     until_ms: int | None = None
 
 
-def reconcile(connection: Any, entries_sql: str, rows_sql: str, sides: Sides) -> Reconciliation:
+def reconcile(
+    connection: Any, entries_sql: str, rows_sql: str, sides: Sides, begin: Callable[[str], None] = lambda phase: None
+) -> Reconciliation:
     """Compare and explain.
 
     Args:
@@ -84,6 +86,7 @@ def reconcile(connection: Any, entries_sql: str, rows_sql: str, sides: Sides) ->
         entries_sql: SQL of all entries.
         rows_sql: SQL of all rated rows.
         sides: what to compare.
+        begin: is told what comes next, as it goes.
 
     Raises:
         InvalidInput: the report does not tell apart what the map tells apart, or is in another currency.
@@ -101,14 +104,17 @@ def reconcile(connection: Any, entries_sql: str, rows_sql: str, sides: Sides) ->
     ours: dict[Cell, Counts] = {}
     tokens: list[Difference] = []
     if usage_buckets:
+        begin("adding up our tokens")
         side = our_side(usage_buckets, told.usage_by)
         ours = side.usage()
         left = differing(usage, ours)
+        begin(f"looking for what explains {len(left):,} differences")
         more = _more(requests, side.requests()) if requests else None
         tokens = side.named(explain(left, side.calls(list(left)), more))
     own: dict[CostCell, Ours] = {}
     money: list[MoneyDifference] = []
     if cost_buckets:
+        begin("adding up what they cost")
         finest = frozenset().union(*told.cost_by.values(), told.usage_by)
         side = our_side(cost_buckets, finest)
         own = side.costs(told.cost_by, told.currency)

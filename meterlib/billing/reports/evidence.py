@@ -1,5 +1,8 @@
 """What a report was made of: which entries were read, and whether any that should be in it is missing or has no price.
 
+Of a report on one tenant, which that tenant may come to see, it tells of that tenant's entries, and of the shards that
+they are in: how many calls others make is not its business.
+
 It is worked out by the same look at the archive as the report, and is the same however the archive's files are cut.
 """
 
@@ -22,7 +25,7 @@ from meterlib.core.money import ZERO, plain, plus
 
 
 class EntryRange(msgspec.Struct, frozen=True, kw_only=True):
-    """Entries of one epoch of a shard's ledger that were booked in the time asked for, of all tenants."""
+    """Entries of one epoch of a shard's ledger that were booked in the time asked for."""
 
     epoch: str
     entries: int
@@ -53,14 +56,14 @@ class ShardEvidence(msgspec.Struct, frozen=True, kw_only=True):
         shard: which.
         ranges: of the time asked for.
         gaps: numbers that no entry has, by decision of whoever exported, and that may have been of that time.
-        archived_to: the shard's last archived entry.
+        archived_to: the shard's last archived entry; None in a report on one tenant.
         not_rated: how many of the entries have no rated rows yet.
     """
 
     shard: int
     ranges: tuple[EntryRange, ...]
     gaps: tuple[Gap, ...]
-    archived_to: int
+    archived_to: int | None
     not_rated: int
 
 
@@ -69,10 +72,13 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         complete: no entry is missing, as far as anybody could be asked, and none that has to be rated is not.
-        entries: how many were booked in the time asked for, of all tenants; so gaps and not_rated.
+        tenant: whose entries are told of; None if everybody's.
+        entries: how many were booked in the time asked for; so not_rated.
+        gaps: how many there are in these shards; whose entries are missing there, nobody knows.
         unpriced: lines of the report's rows that have no price; None of a report without costs.
         partial: entries of the report that were cut short; so estimated, split_unknown, late and expired.
-        open_reservations: None where the store was not asked; so not_exported.
+        open_reservations: of everybody; None in a report on one tenant, and where the store was not asked.
+        not_exported: of everybody in these shards; None where the store was not asked.
         store: why it was not asked; empty if it was.
         problems: why store and archive do not fit together.
         digest: SHA-256 over all that is in the archive: entries, rated rows, re-ratings and closes.
@@ -80,6 +86,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     complete: bool
+    tenant: str | None
     entries: int
     gaps: int
     not_rated: int
@@ -131,15 +138,18 @@ def evidence(
         unpriced: how many lines of the report have no price; None for a report without costs.
     """
     found = _counted(reader, postings, query)
+    mine, everybody = query.tenant is not None, set(postings.segments)
+    asked = everybody if not mine else _shards_of(reader, query, tails) & everybody or everybody
     shards = tuple(
         ShardEvidence(
             shard=shard,
             ranges=tuple(one for of, one, _ in found if of == shard),
             gaps=tuple(_gaps(reader, query, segments)),
-            archived_to=segments[-1].last if segments else 0,
+            archived_to=None if mine else segments[-1].last if segments else 0,
             not_rated=sum(counts["not_rated"] for of, _, counts in found if of == shard),
         )
         for shard, segments in sorted(postings.segments.items())
+        if shard in asked
     )
     counts = {name: sum(told[name] for _, _, told in found) for name in (*_COUNTED, "not_rated")}
     problems = tuple(tail.problem for tail in tails or () if tail.problem)
@@ -148,10 +158,11 @@ def evidence(
     rated = unpriced is None or not counts["not_rated"]
     return Evidence(
         complete=not (gaps or waiting or problems) and rated,
+        tenant=query.tenant,
         entries=sum(one.entries for _, one, _ in found),
         gaps=gaps,
         unpriced=unpriced,
-        open_reservations=None if tails is None else sum(tail.open_reservations for tail in tails),
+        open_reservations=None if tails is None or mine else sum(tail.open_reservations for tail in tails),
         not_exported=waiting,
         store=store,
         problems=problems,
@@ -162,15 +173,13 @@ def evidence(
 
 
 def _counted(reader: Reader, postings: Postings, query: Query) -> list[tuple[int, EntryRange, Mapping[str, int]]]:
-    """Each range of entries of the time asked for, and how many of the report's are of which sort."""
-    mine = "true" if query.tenant is None else f"tenant = {quoted(query.tenant)}"
-    asked = msgspec.structs.replace(query, tenant=None, by=())
-    entries = reader.entries_of(asked, "shard, epoch, n, tenant, kind, quality")
+    """Each range of the entries that are asked for, and how many of them are of which sort."""
+    entries = reader.entries_of(query, "shard, epoch, n, kind, quality")
     groups = (
-        f"SELECT shard, epoch, kind, quality, ({mine}) AS mine, ({_not_rated(postings)}) AS not_rated,"
+        f"SELECT shard, epoch, kind, quality, ({_not_rated(postings)}) AS not_rated,"
         f" count(*) AS entries, min(n) AS first, max(n) AS last FROM ({entries}) GROUP BY ALL"
     )
-    sorts = [*(f"mine AND {sort}" for sort in _COUNTED.values()), "not_rated"]
+    sorts = [*_COUNTED.values(), "not_rated"]
     counts = ", ".join(f"coalesce(sum(entries) FILTER ({sort}), 0)::BIGINT" for sort in sorts)
     found = reader.connection.execute(
         f"SELECT shard, epoch, sum(entries)::BIGINT, min(first), max(last), {counts} FROM ({groups})"
@@ -181,6 +190,14 @@ def _counted(reader: Reader, postings: Postings, query: Query) -> list[tuple[int
         (shard, EntryRange(epoch=epoch, entries=entries, first=first, last=last), dict(zip(names, counts, strict=True)))
         for shard, epoch, entries, first, last, *counts in found
     ]
+
+
+def _shards_of(reader: Reader, query: Query, tails: Sequence[Tail] | None) -> set[int]:
+    """The shards that have a tenant's entries, of whatever time, and that which the store keeps its next ones in."""
+    found = reader.connection.execute(
+        f"SELECT DISTINCT shard FROM ({reader.entries}) WHERE tenant = {quoted(str(query.tenant))}"
+    ).fetchall()
+    return {*(shard for (shard,) in found), *(tail.shard for tail in tails or ())}
 
 
 def _not_rated(postings: Postings) -> str:

@@ -99,6 +99,9 @@ _VARIANT = (
 )
 _GEO = "coalesce(nullif(nullif(inference_geo, 'not_available'), ''), 'global')"
 
+PROMPT = """CASE WHEN contains(facts::VARCHAR, '"prompt"') THEN nullif(facts ->> '/prompt', '') END"""
+"""The digest of a call's prompt, the same for all tries of a call."""
+
 WORDS = {
     "tenant": Word("tenant", "tenant"),
     "provider": Word(f"coalesce(nullif(provider, ''), '{PROVIDER}')", "provider"),
@@ -111,6 +114,7 @@ WORDS = {
     "speed": Word("coalesce(nullif(speed, ''), 'standard')", None),
     "variant": Word(_VARIANT, "variant"),
     "geo": Word(_GEO, "geo"),
+    "prompt": Word(PROMPT, None),
     "token_type": Word(None, "token_type"),
     "charge": Word(None, "charge"),
     "price_source": Word(None, "nullif(price_source, '')"),

@@ -46,7 +46,7 @@ _UNSPLIT_REST = (
     "cache_creation_input_tokens - coalesce(ephemeral_5m_input_tokens, 0) - coalesce(ephemeral_1h_input_tokens, 0)"
 )
 _MEASURES = {
-    "calls": CALLS,
+    "calls": f"({_CALLS})::BIGINT",
     UNSPLIT: f"if(kind = 'adjusted', {_UNSPLIT_REST}, greatest({_UNSPLIT_REST}, 0))",
     "late": "(kind = 'late')::BIGINT",
     "expired": "(kind = 'expired')::BIGINT",
@@ -55,7 +55,7 @@ _MEASURES = {
     "adjusted": "(kind = 'adjusted')::BIGINT",
 }
 _OWN_PASSES = "iterations IS NOT NULL AND regexp_matches(iterations::VARCHAR, 'compaction|advisor_message|fallback')"
-_REQUESTS = "outcome.usage.requests"
+REQUESTS = "outcome.usage.requests"
 """An entry may stand for many calls, or for none, and says so itself."""
 _REQUESTS_TOLD = (
     """if(contains(outcome, '"requests"') AND json_type(outcome, '/usage/requests') IN ('BIGINT', 'UBIGINT'),"""
@@ -66,13 +66,14 @@ _UNITS_MAX = 1000
 _AT_ONCE = 1000
 
 
-def usage_report(reader: Reader, query: Query, unknown: Iterable[str] = ()) -> Answer:
+def usage_report(reader: Reader, query: Query, unknown: Iterable[str] = (REQUESTS,)) -> Answer:
     """What the entries that are asked for used.
 
     Args:
         reader: of the archive.
         query: what is asked.
-        unknown: names in the archive's entries that no column is made of, as its segments tell them.
+        unknown: names in the archive's entries that no column is made of, as its segments tell them. All of them: the
+            verbatim columns, which are half of the archive, are not looked into for names that no segment tells of.
     """
     if "token_type" in query.by:
         return _by_token_type(reader, query, unknown)
@@ -128,7 +129,7 @@ class _Told:
         self._query = query
         unknown = set(unknown)
         self._hard = _hard(unknown)
-        self._measures = _MEASURES | ({"calls": _REQUESTS_TOLD} if _REQUESTS in unknown else {})
+        self._measures = _MEASURES | ({"calls": _REQUESTS_TOLD} if REQUESTS in unknown else {})
         self._units = self._units_used()
         self._any_hard, names = self._tell_hard()
         self.extra = sorted({*self._units, *names}.difference(USAGE_COLUMNS))
@@ -184,7 +185,7 @@ def _fetched(cursor: Any) -> Iterator[tuple[Any, ...]]:
 
 def _hard(unknown: Iterable[str]) -> str:
     """SQL of which entries are left to Python; some that need not be do no harm."""
-    told = (name for name in unknown if name.startswith("outcome.usage.") and name != _REQUESTS)
+    told = (name for name in unknown if name.startswith("outcome.usage.") and name != REQUESTS)
     names = sorted({name.rpartition(".")[2] for name in told})
     if not all(map(_PLAIN_NAME.fullmatch, names)):
         return "true"

@@ -1,0 +1,139 @@
+"""Pages of a ledger as an export reads them: the same entries as `read_ledger` has, the next one asked for ahead."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+import redis
+from redis.cluster import RedisCluster
+
+from meterlib import AsyncMeter, Meter, Policy, StoreOptions, Usage
+from meterlib.store import flows
+from meterlib.store.commands import StoredPage
+from meterlib.store.drivers import entries_of
+from meterlib.store.keys import shard_keys
+from tests.store.test_clients import ASYNC, SYNC
+from tests.support.proxy import FaultProxy
+from tests.support.servers import Server, start_server
+
+OPTIONS = StoreOptions(shards=1)
+ENTRIES = 7
+PAGE = 3
+
+
+@pytest.fixture
+def server(valkey: Server) -> Server:
+    with valkey.client() as client:
+        client.flushall()
+    return valkey
+
+
+def book(meter: Meter, count: int = ENTRIES) -> None:
+    """Entries that differ."""
+    for at in range(count):
+        meter.record("acme", {"at": str(at)}, Usage(input_tokens=at), record_id=f"r{at}")
+
+
+def read(meter: Meter) -> list[tuple[int, dict[bytes, bytes]]]:
+    """The whole ledger, page by page, as an export reads it."""
+    run, found, after = meter._driver.run, [], 0
+    while page := run(flows.read_page(0, after, PAGE)):
+        found += told(page)
+        after = found[-1][0]
+        if len(page) < PAGE:
+            break
+    return found
+
+
+def told(page: StoredPage) -> list[tuple[int, dict[bytes, bytes]]]:
+    """Numbers and fields of a page."""
+    return entries_of([(sent, dict(zip(parts[::2], parts[1::2], strict=True))) for sent, parts in page])
+
+
+def stored(meter: Meter) -> list[tuple[int, dict[bytes, bytes]]]:
+    """The same at once, in the plain way."""
+    entries: list[tuple[int, dict[bytes, bytes]]] = meter._driver.run(flows.read_stored(0, 0, 100))
+    return entries
+
+
+@pytest.mark.parametrize("kind", SYNC)
+def test_pages_hold_what_the_ledger_holds_on_any_client(server: Server, kind: str) -> None:
+    """Whatever redis-py makes of an answer elsewhere."""
+    with SYNC[kind](server) as client, Meter(client, Policy(), options=OPTIONS) as meter:
+        book(meter)
+
+        assert stored(meter) == read(meter)
+        assert ENTRIES == len(stored(meter))
+
+
+@pytest.mark.parametrize("kind", ASYNC)
+def test_pages_hold_what_the_ledger_holds_on_any_async_client(server: Server, kind: str) -> None:
+    """The async face reads the same."""
+
+    async def both() -> tuple[Any, Any]:
+        async with ASYNC[kind](server) as client, AsyncMeter(client, Policy(), options=OPTIONS) as meter:
+            for at in range(ENTRIES):
+                await meter.record("acme", {}, Usage(input_tokens=at))
+            run = meter._driver.run
+            return await run(flows.read_stored(0, 0, 100)), told(await run(flows.read_page(0, 0, 100)))
+
+    plain, paged = asyncio.run(both())
+
+    assert plain == paged
+    assert ENTRIES == len(plain)
+
+
+def test_pages_hold_what_the_ledger_holds_in_memory_and_on_a_cluster(tmp_path: Any) -> None:
+    """Nor does it matter what the store is."""
+    with Meter.connect("memory://", Policy(), options=OPTIONS) as meter:
+        book(meter)
+        assert stored(meter) == read(meter)
+    with (
+        start_server(tmp_path, "valkey", cluster=True) as node,
+        RedisCluster(host="127.0.0.1", port=node.port) as client,
+        Meter(client, Policy(), options=OPTIONS) as meter,
+    ):
+        book(meter)
+        assert stored(meter) == read(meter)
+
+
+def test_what_was_asked_ahead_and_not_fetched_is_nobody_elses_answer(server: Server) -> None:
+    """An export that stops in the middle leaves no connection behind on which an answer waits."""
+    with redis.Redis(port=server.port, max_connections=2) as client, Meter(client, Policy(), options=OPTIONS) as meter:
+        book(meter)
+        run = meter._driver.run
+        for _ in range(5):
+            assert [1, 2, 3] == [n for n, _ in told(run(flows.read_page(0, 0, PAGE)))]
+            assert [3, 4, 5] == [n for n, _ in told(run(flows.read_page(0, 2, PAGE)))]
+            assert ENTRIES == run(flows.read_head(0)).last_number
+            assert ENTRIES == len(list(meter.ledger(0)))
+    with server.client() as watcher:
+        assert 1 == len(watcher.client_list())
+
+
+@pytest.mark.parametrize("fault", ["drop_replies", "cut_requests"])
+def test_a_page_whose_connection_broke_is_asked_for_anew(server: Server, fault: str) -> None:
+    """Whoever reads does not notice."""
+    ledger = shard_keys(OPTIONS.prefix, 0)[3]
+    with FaultProxy(server.port) as proxy, redis.Redis(port=proxy.port) as client:
+        with Meter(client, Policy(), options=OPTIONS) as meter:
+            book(meter)
+            getattr(proxy, fault)(1, matching=f"XRANGE {ledger} 4-0".encode())
+
+            assert stored(meter) == read(meter)
+        assert 1 == proxy.faults
+
+
+def test_what_is_booked_behind_a_page_that_was_asked_ahead_comes_with_the_next(server: Server) -> None:
+    """A page holds what the ledger had when it was asked for; nothing is passed over."""
+    with redis.Redis(port=server.port) as client, Meter(client, Policy(), options=OPTIONS) as meter:
+        book(meter, PAGE + 1)
+        run = meter._driver.run
+        first = told(run(flows.read_page(0, 0, PAGE)))
+        meter.record("acme", {}, Usage(input_tokens=99))
+        second = told(run(flows.read_page(0, PAGE, PAGE)))
+        third = told(run(flows.read_page(0, second[-1][0], PAGE)))
+
+        assert stored(meter) == first + second + third
