@@ -408,7 +408,7 @@ def opened(valkey: Server, server: PostgresServer | None = None) -> Iterator[Boo
 QUIET = (HealthCheck.function_scoped_fixture, HealthCheck.too_slow)
 
 
-@settings(max_examples=10, suppress_health_check=QUIET)
+@settings(max_examples=6, suppress_health_check=QUIET)
 @given(history=histories(STEPS[:6], 4))
 def test_the_archive_adds_up_to_the_model_whatever_happens(history: list[Any], valkey: Server) -> None:
     """Two shards and an archive: verbs, repeated ones, crashes at every step, losses, forks, trims, ratings."""

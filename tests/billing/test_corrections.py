@@ -259,7 +259,7 @@ def histories(draw: st.DrawFn) -> list[Any]:
     return steps
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(histories())
 def test_all_rows_of_a_call_come_to_its_last_usage_at_its_own_prices_and_terms(history: list[Any]) -> None:
     """Whatever is changed between a call and its corrections, and however often all is rated again."""

@@ -514,7 +514,7 @@ def correct(ledgers: Ledgers, at: int, n: int, change: dict[str, Any]) -> None:
     ledgers.correction(ledgers.entries[n - 1], at, change)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(histories())
 def test_the_sum_of_the_rows_is_that_of_the_entries_whatever_was_done(history: list[Any]) -> None:
     """Rated in pieces by several books, corrected at the prices that calls have, and all again by the last book."""
