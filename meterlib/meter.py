@@ -77,6 +77,9 @@ class _Meter:
     ) -> Self:
         """A meter for the store at `url`; opens nothing before the first call.
 
+        Its calls to a single server do not go by a redis-py client's methods, which take longer than the call. Where
+        calls are to be seen there, as by a client that traces them, make the meter of that client: `Meter(client, …)`.
+
         Args:
             url: `redis://`, `rediss://`, `unix://`, `redis+cluster://`, `redis+sentinel://host:port/service`,
                 `embedded:///path` (the bundled Valkey with an append-only file, shared by all who name the folder), or

@@ -117,7 +117,7 @@ class Call:
             raise Refusal(502, "api_error", "the provider cannot be reached") from None
         except NoAnswer as error:
             log.warning("provider.gave_no_answer", error=str(error))
-            await self._settle("no_answer")
+            await self._resolve("no_answer")
             if error.timed_out:
                 raise Refusal(504, "timeout_error", "the provider took too long to answer") from None
             raise Refusal(502, "api_error", "the provider gave no answer") from None

@@ -341,7 +341,7 @@ def quality_of(usage: Usage) -> Quality:
 
 
 _EVENT = re.compile(rb"event: ([a-z_]++)\ndata: (.*+)\n\n")
-_CONTENT = re.compile(rb"(?:event: content_block_[a-z]++\ndata: .*+\n\n)++")
+_CONTENT = re.compile(rb"(?:event: content_block_(?:delta|start|stop)\ndata: .*+\n\n)++")
 """As the Claude API writes them, which is without CR: a name, one line of data, a blank line."""
 
 _INPUT = frozenset(("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from typing import Any
 
@@ -19,6 +20,7 @@ class Ahead:
     def __init__(self, client: Any) -> None:
         self._pool = client.connection_pool
         self._asked: dict[ReadPage, Any] = {}
+        self._pid = os.getpid()
 
     def ask(self, page: ReadPage, *words: Value) -> None:
         """Ask for a page, unless that would leave no connection to anybody else."""
@@ -31,10 +33,12 @@ class Ahead:
             except BaseException:
                 self._drop(connection)
                 raise
-            self._asked[page] = connection
+            if self._asked.setdefault(page, connection) is not connection:  # another thread reads the same
+                self._drop(connection)
 
     def fetched(self, page: ReadPage) -> Any:
         """A page that was asked for; None if it was not, or failed."""
+        self._see_fork()
         connection = self._asked.pop(page, None)
         self.forget()
         if connection is None:
@@ -52,8 +56,15 @@ class Ahead:
 
     def forget(self) -> None:
         """Let go of what nobody has fetched."""
-        while self._asked:
-            self._drop(self._asked.popitem()[1])
+        self._see_fork()
+        with suppress(KeyError):  # not `while self._asked`: another thread may let go of the last one
+            while True:
+                self._drop(self._asked.popitem()[1])
+
+    def _see_fork(self) -> None:
+        """What was asked for in the process that this one was forked from is that one's to fetch."""
+        if self._pid != os.getpid():
+            self._asked, self._pid = {}, os.getpid()
 
     def _drop(self, connection: Any) -> None:
         connection.disconnect()  # or the next to use it would take this answer for its own

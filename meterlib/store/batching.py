@@ -66,9 +66,15 @@ class Lane(Generic[W]):
         tenant = _tenant_of(waiting.call.operation)
         queue = self._tenants.get(tenant)
         if queue is None:
-            queue = self._tenants[tenant] = deque()
-        queue.append(waiting)
+            self._tenants[tenant] = deque((waiting,))
+        else:
+            queue.append(waiting)
         self.waiting += 1
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing waits; unlike the number, this is right whatever an interrupt came between."""
+        return not self._tenants
 
     def take(self) -> list[Waiting[W]]:
         """The next ones, at most TOGETHER_MAX: one of each tenant in turn."""
@@ -84,7 +90,7 @@ class Lane(Generic[W]):
                 room = TOGETHER_MAX - len(taken)
             if queue:
                 tenants[tenant] = queue
-        self.waiting -= len(taken)
+        self.waiting = max(0, self.waiting - len(taken)) if tenants else 0
         return taken
 
     def waited_in_vain(self, call: Call) -> StoreUnavailable:
@@ -147,7 +153,7 @@ class Lanes(Generic[W]):
         lane = over.lane
         if over.begun_s in lane.begun_s:
             lane.begun_s.remove(over.begun_s)
-        if not lane.waiting or (lane.begun_s and lane.waiting < TOGETHER_MAX):
+        if lane.is_empty or (lane.begun_s and lane.waiting < TOGETHER_MAX):
             return None
         return self._leave(lane)
 
@@ -169,7 +175,7 @@ class Lanes(Generic[W]):
 
     def _leave(self, lane: Lane[W]) -> RoundTrip[W]:
         due = lane.take()
-        self.waiting -= len(due)
+        self.waiting = max(0, self.waiting - len(due))
         return self._begun(lane, due)
 
     def _begun(self, lane: Lane[W], due: list[Waiting[W]]) -> RoundTrip[W]:

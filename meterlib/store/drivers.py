@@ -254,6 +254,8 @@ class SyncDriver:
                     return sorted(windows)
         if isinstance(command, KnownSinks):
             return names_of([self._retrying("sinks", *words) for words in self._calls.sinks_commands(command)][-1])
+        if self._ahead is not None:
+            self._ahead.forget()  # it is older than the head, and may lack what that tells of
         return head_of(*[self._retrying("head", *words) for words in self._calls.head_commands(command.shard)])
 
     def _page(self, command: ReadPage) -> StoredPage:

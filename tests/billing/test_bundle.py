@@ -28,7 +28,7 @@ from meterlib.billing.prices.prices import PriceBooks
 from meterlib.billing.prices.terms import Terms
 from meterlib.billing.reports.answers import Reader
 from meterlib.billing.reports.invoice import invoice
-from tests.billing.money import BOOK, at_ms, entries, tokens
+from tests.billing.money import BOOK, at_ms, entries, entry, tokens
 from tests.billing.posting import DEARER, Ledgers
 
 SECRET = "nobody-elses-business"
@@ -200,6 +200,21 @@ def test_corrections_verify_by_the_terms_of_their_calls(books: Ledgers, tmp_path
 
 
 OTHER_TERMS = {"acme": Terms.of("50%", "1%", "20%", "9%")}
+
+
+@pytest.mark.parametrize("kind", ["expired", "cancelled"])
+def test_a_correction_of_a_call_that_nothing_was_known_of_verifies(tmp_path: Path, kind: str) -> None:
+    """It says what was used after all, and a further one takes some of that back."""
+    ledgers = Ledgers(tmp_path)
+    (call,) = ledgers.add([entry("plain", {}, "2026-10-02", kind=kind)])
+    ledgers.rate()
+    ledgers.correction(call, at_ms("2026-10-03"), {"input_tokens": 5_000, "cache_read_input_tokens": 70})
+    ledgers.correction(call, at_ms("2026-10-04"), {"input_tokens": -4_000, "output_tokens": 3})
+    ledgers.rate()
+
+    found = verify_bundle(bundled(ledgers, tmp_path))
+
+    assert ([], 4) == (found.problems, found.rows)
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

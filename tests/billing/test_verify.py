@@ -22,6 +22,7 @@ from meterlib.billing.postings.pieces import sums_of
 from meterlib.billing.postings.reposts import Manifest, encoded
 from meterlib.billing.postings.verify_rated import verify_rated
 from meterlib.cli import main
+from meterlib.errors import IntegrityError
 from tests.billing.exporting import Books
 from tests.billing.money import BOOK, at_ms, entry, tokens
 from tests.billing.posting import DEARER, Ledgers
@@ -434,6 +435,40 @@ def test_entries_that_were_made_anew_do_not_go_with_the_old_rows(rated_copy: Led
 
 def rated_copy_entries() -> list[LedgerEntry]:
     return [entry("plain", tokens(input_tokens=n), f"2026-10-{n:02}") for n in range(1, 7)]
+
+
+@pytest.mark.parametrize("schema", [1, 3])
+def test_rows_of_another_version_are_told_as_such_and_nothing_is_made_of_them(tmp_path: Path, schema: int) -> None:
+    """What they were rated by is not there to be found, so no correction could be: the message says what to do."""
+    ledgers = Ledgers(tmp_path)
+    rated, kept = ledgers.path / "rated", tmp_path / "kept"
+
+    def refused() -> None:
+        ledgers.call("2026-10-12")
+        with pytest.raises(IntegrityError, match=rf"is of schema {schema}, .* have all rated anew"):
+            ledgers.rate()
+        with pytest.raises(IntegrityError, match=rf"is of schema {schema}, "):
+            ledgers.rows()
+        assert 1 == sum("is of schema" in problem for problem in ledgers.problems())
+
+    ledgers.call("2026-10-08")
+    ledgers.rate()
+    ledgers.rate_again(DEARER)
+    shutil.copytree(rated, kept)
+    forged_rated(rated_files(ledgers.path)[0], "SELECT 1", lambda facts: {**facts, "schema": schema})
+    refused()
+
+    shutil.rmtree(rated)
+    shutil.copytree(kept, rated)
+    manifest = rated / "rating-0001" / "manifest.json"
+    told = json.loads(manifest.read_bytes())
+    del told["scales"]
+    manifest.write_text(json.dumps({**told, "schema": schema}))
+    refused()
+
+    shutil.rmtree(rated)
+    ledgers.rate()
+    assert [] == ledgers.problems()
 
 
 def test_verify_ends_with_5_and_names_what_is_wrong_with_rated_rows(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import sys
 import threading
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -348,6 +350,68 @@ def test_who_has_waited_too_long_is_not_sent_any_more(failing: bool) -> None:
         assert 1 == len(driver.sent)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("step", ["add", "next"])
+def test_an_interrupt_between_any_two_steps_keeps_no_later_call_waiting(step: str) -> None:
+    """Engineer: Ctrl-C may cost the call that it strikes; others are neither forgotten nor sent for ever."""
+
+    def begun() -> tuple[Lanes[str], Any]:
+        lanes: Lanes[str] = Lanes(one_lane, 5000)
+        trip = lanes.enter(a_call("acme", 0))
+        if step == "next":
+            lanes.add(a_call("acme", 1), "struck")
+        return lanes, trip
+
+    moment, struck = 0, True
+    while struck:
+        moment += 1
+        lanes, trip = begun()
+        if step == "add":
+            struck = interrupted_at(moment, lambda lanes=lanes: lanes.add(a_call("acme", 1), "struck"))
+        else:
+            struck = interrupted_at(moment, lambda lanes=lanes, trip=trip: lanes.next(trip))
+            trip.lane.begun_s.clear()  # as the next call finds it, once no round trip can take that long
+            trip = lanes.enter(a_call("acme", 9))
+        for number, caller in enumerate(("later", "last")):
+            lanes.add(a_call("zoe" if number else "acme", number + 2), caller)
+        trips: list[list[str]] = []
+        while trip and len(trips) < 5:
+            trip = lanes.next(trip)
+            trips += [[waiting.caller for waiting in trip.due]] if trip else []
+
+        sent = [caller for callers in trips for caller in callers]
+        assert {"later", "last"} <= set(sent) <= {"struck", "later", "last"}
+        assert len(sent) == len(set(sent))
+        assert [] not in trips
+        assert moment < 1000
+    assert moment > 10
+
+
+def interrupted_at(moment: int, act: Any) -> bool:
+    """Ctrl-C before the so-manieth instruction of `batching.py` in it; False if it is over before."""
+    passed = 0
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal passed
+        if not frame.f_code.co_filename.endswith("batching.py") or "test" in frame.f_code.co_filename:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            passed += 1
+            if passed == moment:
+                raise KeyboardInterrupt
+        return trace
+
+    previous = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        act()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(previous)
+    return False
 
 
 def test_a_lane_that_an_interrupt_left_busy_opens_again() -> None:

@@ -582,3 +582,17 @@ def test_a_long_stream_in_tiny_pieces_takes_linear_time() -> None:
     cuts = rng.sample(range(len(stream)), 200_000)
 
     assert state(read(stream)) == state(read(stream, cuts))
+
+
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n"])
+def test_an_event_that_nobody_knows_yet_takes_no_conclusion_back(line_end: bytes) -> None:
+    """Engineer: however its lines end, and so whoever reads it here."""
+    stream = UsageStream()
+    for event in (
+        b'event: message_start\ndata: {"message": {"usage": {"input_tokens": 3}}}\n\n',
+        b'event: message_delta\ndata: {"delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 5}}\n\n',
+        b'event: content_block_odd\ndata: {"type": "content_block_odd"}\n\n',
+    ):
+        stream.feed(event.replace(b"\n", line_end))
+
+    assert stream.concluded

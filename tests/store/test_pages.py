@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
 from typing import Any
 
 import pytest
@@ -137,3 +139,61 @@ def test_what_is_booked_behind_a_page_that_was_asked_ahead_comes_with_the_next(s
         third = told(run(flows.read_page(0, second[-1][0], PAGE)))
 
         assert stored(meter) == first + second + third
+
+
+def test_no_page_is_older_than_the_head_that_was_read_before_it(server: Server) -> None:
+    """An export that begins anew takes a short page for the end of all that the head tells of."""
+    with redis.Redis(port=server.port) as client, Meter(client, Policy(), options=OPTIONS) as meter:
+        book(meter, PAGE)
+        run = meter._driver.run
+        assert PAGE == len(run(flows.read_page(0, 0, PAGE)))  # from here on the page behind it is asked for
+        meter.record("acme", {}, Usage(input_tokens=99))
+
+        head = run(flows.read_head(0))
+
+        assert [head.last_number] == [n for n, _ in told(run(flows.read_page(0, PAGE, PAGE)))]
+
+
+def test_readers_that_are_at_one_page_together_leave_the_connections_to_others(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Engineer: threads that read the same ledger of one meter do not use up its connections."""
+    patient = StoreOptions(shards=1, connections_max=4)
+    with Meter.connect(server.url, Policy(), options=patient, sweep_interval_ms=0) as meter:
+        book(meter)
+        both, ask = threading.Barrier(2, timeout=10), meter._driver._ahead.ask
+
+        def together(*page: Any) -> None:
+            both.wait()
+            ask(*page)
+            both.wait()
+
+        monkeypatch.setattr(meter._driver._ahead, "ask", together)
+        for _ in range(2):
+            readers = [threading.Thread(target=meter._driver.run, args=(flows.read_page(0, 0, PAGE),)) for _ in "ab"]
+            for reader in readers:
+                reader.start()
+            for reader in readers:
+                reader.join()
+
+        meter._driver._ahead.forget()
+
+        assert patient.connections_max == meter._driver.client.connection_pool.pool.qsize()
+
+
+def test_a_page_that_was_asked_ahead_is_not_fetched_by_a_forked_process(server: Server) -> None:
+    """Engineer: a process that is forked while a ledger is read reads on, and so does the one that it came from."""
+    with Meter.connect(server.url, Policy(), options=OPTIONS, sweep_interval_ms=0) as meter:
+        book(meter)
+        assert [1, 2, 3] == [n for n, _ in told(meter._driver.run(flows.read_page(0, 0, PAGE)))]
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                found = told(meter._driver.run(flows.read_page(0, 3, PAGE)))
+                status = int([4, 5, 6] != [n for n, _ in found])
+            finally:
+                os._exit(status)
+
+        assert 0 == os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert [4, 5, 6] == [n for n, _ in told(meter._driver.run(flows.read_page(0, 3, PAGE)))]

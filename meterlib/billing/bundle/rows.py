@@ -10,7 +10,7 @@ import msgspec
 
 from meterlib.billing.bundle.bundle import StatedPrice, StatedTerms
 from meterlib.billing.prices.prices import PriceBooks
-from meterlib.billing.rating.rating import add_usage, rate
+from meterlib.billing.rating.rating import add_usage, as_corrected, rate
 from meterlib.billing.rating.rerating import RERATED_LINES, TAKEN_BACK
 from meterlib.billing.rating.rounding import rounded_lines
 from meterlib.billing.reports.invoice import Invoice, Line, SectionName
@@ -176,8 +176,9 @@ class RowCheck:
         made = rate(entry, _NO_BOOKS)
         if call is not None:
             yield from self._of_kept_terms(entry, call)
-            before = rate(call, _NO_BOOKS)
-            changed = msgspec.structs.replace(call, usage=add_usage(call.usage, entry.usage))
+            known = as_corrected(call)
+            before = rate(known, _NO_BOOKS)
+            changed = msgspec.structs.replace(known, usage=add_usage(known.usage, entry.usage))
             after = rate(changed, _NO_BOOKS)
             net = _net([(row.token_type, row.quantity) for row in after])
             for kind, quantity in _net([(row.token_type, row.quantity) for row in before]).items():

@@ -208,6 +208,8 @@ class RatedFiles:
         if told != (segment.epoch, segment.shard, segment.first, segment.last):
             held = f"{told[1]}:{told[2]}-{told[3]}"
             raise IntegrityError("damaged", f"{file.path} is another one's file: it holds rows of {held}")
+        if facts.schema != RATED_SCHEMA:
+            raise of_another_version(file.path, facts.schema, RATED_SCHEMA)
         return facts
 
     def steady(self, look: Callable[[], T]) -> T:
@@ -326,6 +328,16 @@ def sums_of(database: Any, source: str) -> dict[str, str]:
         f"SELECT CAST(count(*) AS VARCHAR), CAST(count(*) FILTER (unpriced <> '') AS VARCHAR), {sums} FROM {source}"
     ).fetchone()
     return dict(zip(("rows", "unpriced", *_SUMS), found, strict=True))
+
+
+def of_another_version(file: Path, schema: int, known: int) -> IntegrityError:
+    """What to say of a file that says too little, or more than is known here: nothing is made of it or added to it."""
+    return IntegrityError(
+        "damaged",
+        f"{file} is of schema {schema}, which another version of meterlib wrote; this one knows {known}. Go on with"
+        f" that version; or move the archive's folders {FOLDER} and closes away, have all rated anew by the prices"
+        " and terms in force (meterlib rate), and close its months again",
+    )
 
 
 def unreadable_one(files: Sequence[Path], error: Exception) -> Exception:

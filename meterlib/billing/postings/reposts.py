@@ -14,13 +14,17 @@ from pathlib import Path
 
 import msgspec
 
-from meterlib.billing.postings.pieces import TermsOf
+from meterlib.billing.postings.pieces import TermsOf, of_another_version
 from meterlib.billing.prices.pinned import Scale
 from meterlib.errors import IntegrityError
 
 MANIFEST = "manifest.json"
 REPOST_SCHEMA = 2
 _FOLDER = re.compile(r"rating-([0-9]{4,})")
+
+
+class _Version(msgspec.Struct):
+    schema: int
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -117,6 +121,9 @@ def _read(folder: Path, number: int) -> Repost:
     file = folder / MANIFEST
     try:
         data = file.read_bytes()
+        schema = msgspec.json.decode(data, type=_Version).schema
+        if schema != REPOST_SCHEMA:
+            raise of_another_version(file, schema, REPOST_SCHEMA)
         manifest = msgspec.json.decode(data, type=Manifest)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise IntegrityError("damaged", f"{file} cannot be read: {error}") from None

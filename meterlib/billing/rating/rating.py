@@ -237,16 +237,21 @@ def _difference(
     A line that has another price now is taken back in full and posted anew, so that each row still has one price.
     """
     at_ms = corrects.reserved_at or corrects.booked_at
-    if corrects.kind in ("cancelled", "expired"):  # which tells that nothing is known to have been used
-        nothing = {"input_tokens": 0, "output_tokens": 0}
-        corrects = msgspec.structs.replace(corrects, kind="settled", usage=add_usage(nothing, corrects.usage))
-    before = msgspec.structs.replace(corrects, quality=entry.quality)
-    after = msgspec.structs.replace(before, usage=add_usage(corrects.usage, entry.usage))
+    before = msgspec.structs.replace(as_corrected(corrects), quality=entry.quality)
+    after = msgspec.structs.replace(before, usage=add_usage(before.usage, entry.usage))
     old = {row.line: row for row in _rows(before, passes_of(before), books, terms, at_ms, standing)}
     new = {row.line: row for row in _rows(after, passes_of(after), books, terms, at_ms, standing)}
     rows = [row for line in sorted(old.keys() | new.keys()) for row in _changed(old.get(line), new.get(line))]
     mine = {"epoch": entry.epoch, "shard": entry.shard, "n": entry.n, "kind": entry.kind}
     return tuple(msgspec.structs.replace(row, **mine) for row in rows)
+
+
+def as_corrected(call: LedgerEntry) -> LedgerEntry:
+    """A call as its corrections find it: one that ended without a usage has used nothing but what they say."""
+    if call.kind not in ("cancelled", "expired"):
+        return call
+    nothing = {"input_tokens": 0, "output_tokens": 0}
+    return msgspec.structs.replace(call, kind="settled", usage=add_usage(nothing, call.usage))
 
 
 def _changed(old: RatedRow | None, new: RatedRow | None) -> Iterator[RatedRow]:
