@@ -208,6 +208,7 @@ class SyncDriver:
         self._one_server = hasattr(client, "pipeline") and not hasattr(client, "get_node_from_key")
         self._ahead = Ahead(client) if self._one_server else None
         self.server: EmbeddedServer | None = None
+        self._primary: Any = None
         self._layout_checked = False
         self._ready = False
         self._batching = SyncBatching(self, options.deadline_ms)
@@ -390,8 +391,11 @@ class SyncDriver:
         """
         named = _primary_named_to(self.client)
         if named:
+            pool = self.client.connection_pool
             with suppress(*FAILURES):
-                named()
+                before, self._primary = self._primary or pool.master_address, named()
+                if before and before != self._primary:
+                    pool.disconnect()  # those in use as well: redis-py would go on with them once they are free
 
     def close(self) -> None:
         self._wire.close()
@@ -419,6 +423,7 @@ class AsyncDriver:
         self._wire = wire or AsyncClientWire(client)
         self._one_server = hasattr(client, "pipeline") and not hasattr(client, "get_node_from_key")
         self.server: EmbeddedServer | None = None
+        self._primary: Any = None
         self._layout_checked = False
         self._ready = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -595,8 +600,11 @@ class AsyncDriver:
         """See SyncDriver."""
         named = _primary_named_to(self.client)
         if named:
+            pool = self.client.connection_pool
             with suppress(*FAILURES):
-                await named()
+                before, self._primary = self._primary or pool.master_address, await named()
+                if before and before != self._primary:
+                    await pool.disconnect()  # see SyncDriver
 
     async def aclose(self) -> None:
         await self._wire.aclose()

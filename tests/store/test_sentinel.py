@@ -181,6 +181,47 @@ def test_a_primary_that_was_replaced_is_left_though_it_still_answers(tmp_path: P
         assert 0 < ask(one, "DBSIZE")
 
 
+@pytest.mark.parametrize("face", ["sync", "async"])
+def test_connections_in_use_leave_a_primary_that_was_replaced_too(tmp_path: Path, face: str) -> None:
+    """Of a busy gateway, some always are while the sentinels are asked."""
+    needs("valkey")
+    with (
+        start_server(tmp_path / "one", "valkey") as one,
+        start_server(tmp_path / "other", "valkey") as other,
+        start_server(
+            tmp_path / "sentinel", "valkey", sentinel=True, config={"sentinel monitor": f"main 127.0.0.1 {one.port} 1"}
+        ) as watcher,
+    ):
+        url = f"redis+sentinel://127.0.0.1:{watcher.port}/main"
+
+        def replace() -> None:
+            ask(watcher, "SENTINEL", "REMOVE", "main")
+            ask(watcher, "SENTINEL", "MONITOR", "main", "127.0.0.1", other.port, 1)
+
+        async def busy() -> None:
+            async with AsyncMeter.connect(url, POLICY, options=OPTIONS, sweep_interval_ms=0) as meter:
+                await meter.reserve("acme", CALL, HELD)
+                pool = meter._driver.client.connection_pool
+                used = await pool.get_connection()
+                replace()
+                await meter._driver.follow()
+                await pool.release(used)
+                await meter.reserve("acme", CALL, HELD)
+
+        if face == "async":
+            asyncio.run(busy())
+        else:
+            with Meter.connect(url, POLICY, options=OPTIONS, sweep_interval_ms=0) as meter:
+                meter.reserve("acme", CALL, HELD)
+                pool = meter._driver.client.connection_pool
+                used = pool.get_connection()
+                replace()
+                meter._driver.follow()
+                pool.release(used)
+                meter.reserve("acme", CALL, HELD)
+        assert 0 < ask(other, "DBSIZE")
+
+
 def reached(server: Server, act: Callable[[], object]) -> bool:
     act()
     return bool(ask(server, "DBSIZE") > 0)
