@@ -208,7 +208,6 @@ class SyncDriver:
         self._one_server = hasattr(client, "pipeline") and not hasattr(client, "get_node_from_key")
         self._ahead = Ahead(client) if self._one_server else None
         self.server: EmbeddedServer | None = None
-        self._primary: Any = None
         self._layout_checked = False
         self._ready = False
         self._batching = SyncBatching(self, options.deadline_ms)
@@ -391,11 +390,8 @@ class SyncDriver:
         """
         named = _primary_named_to(self.client)
         if named:
-            pool = self.client.connection_pool
             with suppress(*FAILURES):
-                before, self._primary = self._primary or pool.master_address, named()
-                if before and before != self._primary:
-                    pool.disconnect()  # those in use as well: redis-py would go on with them once they are free
+                named()
 
     def close(self) -> None:
         self._wire.close()
@@ -438,10 +434,7 @@ class AsyncDriver:
                 self._settle_in(loop)
             while True:
                 try:
-                    if type(command) is Call:
-                        answer = await self._batching.run(command)
-                    else:
-                        answer = await self.execute(command)
+                    answer = await self.execute(command)
                 except MeterError as error:
                     command = flow.throw(error)
                 else:
@@ -456,6 +449,8 @@ class AsyncDriver:
         self._loop = loop
 
     async def execute(self, command: Command) -> Any:
+        if isinstance(command, Call):
+            return await self._batching.run(command)
         if isinstance(command, ReadLedger):
             return entries_of(await self._retrying("ledger", *self._calls.ledger_page(command)))
         if isinstance(command, ReadPage):
@@ -604,7 +599,8 @@ class AsyncDriver:
             with suppress(*FAILURES):
                 before, self._primary = self._primary or pool.master_address, await named()
                 if before and before != self._primary:
-                    await pool.disconnect()  # see SyncDriver
+                    # Those in use, too: unlike its sync pool, redis.asyncio's goes on with them once they are free.
+                    await pool.disconnect()
 
     async def aclose(self) -> None:
         await self._wire.aclose()

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import redis
@@ -154,72 +154,74 @@ def test_any_client_on_any_server_survives_a_failover(
     survive(face, kind, tmp_path, happens)
 
 
+class Replaced(NamedTuple):
+    """A primary, another one that is to take its place by the sentinel's word alone, and how to have that happen."""
+
+    one: Server
+    other: Server
+    url: str
+    replace: Callable[[], None]
+
+
+@pytest.fixture
+def replaced(tmp_path: Path) -> Iterator[Replaced]:
+    needs("valkey")
+    with (
+        start_server(tmp_path / "one", "valkey") as one,
+        start_server(tmp_path / "other", "valkey") as other,
+        start_server(
+            tmp_path / "sentinel", "valkey", sentinel=True, config={"sentinel monitor": f"main 127.0.0.1 {one.port} 1"}
+        ) as watcher,
+    ):
+
+        def replace() -> None:
+            ask(watcher, "SENTINEL", "REMOVE", "main")
+            ask(watcher, "SENTINEL", "MONITOR", "main", "127.0.0.1", other.port, 1)
+
+        yield Replaced(one, other, f"redis+sentinel://127.0.0.1:{watcher.port}/main", replace)
+
+
 @pytest.mark.parametrize("face", ["sync", "async"])
-def test_a_primary_that_was_replaced_is_left_though_it_still_answers(tmp_path: Path, face: str) -> None:
+def test_a_primary_that_was_replaced_is_left_though_it_still_answers(replaced: Replaced, face: str) -> None:
     """What it would be told would be lost as soon as it learns that it is a replica."""
-    needs("valkey")
-    with (
-        start_server(tmp_path / "one", "valkey") as one,
-        start_server(tmp_path / "other", "valkey") as other,
-        start_server(
-            tmp_path / "sentinel", "valkey", sentinel=True, config={"sentinel monitor": f"main 127.0.0.1 {one.port} 1"}
-        ) as watcher,
-    ):
-        url = f"redis+sentinel://127.0.0.1:{watcher.port}/main"
-
-        def replace() -> None:
-            ask(watcher, "SENTINEL", "REMOVE", "main")
-            ask(watcher, "SENTINEL", "MONITOR", "main", "127.0.0.1", other.port, 1)
-
-        if face == "sync":
-            with Meter.connect(url, POLICY, options=OPTIONS, sweep_interval_ms=TICK_MS) as meter:
-                meter.reserve("acme", CALL, HELD)
-                replace()
-                wait_until(lambda: reached(other, lambda: meter.reserve("acme", CALL, HELD)), "the other one")
-        else:
-            asyncio.run(follow(url, replace, other))
-        assert 0 < ask(one, "DBSIZE")
+    one, other, url, replace = replaced
+    if face == "sync":
+        with Meter.connect(url, POLICY, options=OPTIONS, sweep_interval_ms=TICK_MS) as meter:
+            meter.reserve("acme", CALL, HELD)
+            replace()
+            wait_until(lambda: reached(other, lambda: meter.reserve("acme", CALL, HELD)), "the other one")
+    else:
+        asyncio.run(follow(url, replace, other))
+    assert 0 < ask(one, "DBSIZE")
 
 
 @pytest.mark.parametrize("face", ["sync", "async"])
-def test_connections_in_use_leave_a_primary_that_was_replaced_too(tmp_path: Path, face: str) -> None:
+def test_connections_in_use_leave_a_primary_that_was_replaced_too(replaced: Replaced, face: str) -> None:
     """Of a busy gateway, some always are while the sentinels are asked."""
-    needs("valkey")
-    with (
-        start_server(tmp_path / "one", "valkey") as one,
-        start_server(tmp_path / "other", "valkey") as other,
-        start_server(
-            tmp_path / "sentinel", "valkey", sentinel=True, config={"sentinel monitor": f"main 127.0.0.1 {one.port} 1"}
-        ) as watcher,
-    ):
-        url = f"redis+sentinel://127.0.0.1:{watcher.port}/main"
+    _, other, url, replace = replaced
 
-        def replace() -> None:
-            ask(watcher, "SENTINEL", "REMOVE", "main")
-            ask(watcher, "SENTINEL", "MONITOR", "main", "127.0.0.1", other.port, 1)
+    async def busy() -> None:
+        async with AsyncMeter.connect(url, POLICY, options=OPTIONS, sweep_interval_ms=0) as meter:
+            await meter.reserve("acme", CALL, HELD)
+            pool = meter._driver.client.connection_pool
+            used = await pool.get_connection()
+            replace()
+            await meter._driver.follow()
+            await pool.release(used)
+            await meter.reserve("acme", CALL, HELD)
 
-        async def busy() -> None:
-            async with AsyncMeter.connect(url, POLICY, options=OPTIONS, sweep_interval_ms=0) as meter:
-                await meter.reserve("acme", CALL, HELD)
-                pool = meter._driver.client.connection_pool
-                used = await pool.get_connection()
-                replace()
-                await meter._driver.follow()
-                await pool.release(used)
-                await meter.reserve("acme", CALL, HELD)
-
-        if face == "async":
-            asyncio.run(busy())
-        else:
-            with Meter.connect(url, POLICY, options=OPTIONS, sweep_interval_ms=0) as meter:
-                meter.reserve("acme", CALL, HELD)
-                pool = meter._driver.client.connection_pool
-                used = pool.get_connection()
-                replace()
-                meter._driver.follow()
-                pool.release(used)
-                meter.reserve("acme", CALL, HELD)
-        assert 0 < ask(other, "DBSIZE")
+    if face == "async":
+        asyncio.run(busy())
+    else:
+        with Meter.connect(url, POLICY, options=OPTIONS, sweep_interval_ms=0) as meter:
+            meter.reserve("acme", CALL, HELD)
+            pool = meter._driver.client.connection_pool
+            used = pool.get_connection()
+            replace()
+            meter._driver.follow()
+            pool.release(used)
+            meter.reserve("acme", CALL, HELD)
+    assert 0 < ask(other, "DBSIZE")
 
 
 def reached(server: Server, act: Callable[[], object]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -125,52 +125,43 @@ def test_who_is_cancelled_leaves_his_answer_to_nobody(emptied: Server, proxy: Fa
     assert [11, 100, 0] == asyncio.run(main())
 
 
-@pytest.mark.parametrize("face", ["sync", "async"])
-@pytest.mark.parametrize("fault", ["drop_replies", "swallow_replies", "cut_requests"])
-def test_a_call_whose_connection_fails_is_made_again_by_another(face: str, fault: str, proxy: FaultProxy) -> None:
-    async def main() -> int:
-        async with AsyncMeter.connect(proxy.url, POLICY, options=OPTIONS, sweep_interval_ms=0) as meter:
+def used_at_last(face: str, url: str, happen: Callable[[], object], told: tuple[type[Exception], ...] = ()) -> int:
+    """Reserve 1 token, let something happen, reserve 10, and how many are used; who is told an error asks once more."""
+    ten: dict[str, Any] = {"usage": Usage(input_tokens=10), "reservation_id": "ten"}
+
+    async def awaited() -> int:
+        async with AsyncMeter.connect(url, POLICY, options=OPTIONS, sweep_interval_ms=0) as meter:
             await meter.reserve("acme", usage=Usage(input_tokens=1))
-            getattr(proxy, fault)(1)
-            await meter.reserve("acme", usage=Usage(input_tokens=10))
+            happen()
+            try:
+                await meter.reserve("acme", **ten)
+            except told:
+                await meter.reserve("acme", **ten)
             return used(await meter.peek("acme"))
 
     if face == "async":
-        assert 11 == asyncio.run(main())
-        return
-    with Meter.connect(proxy.url, POLICY, options=OPTIONS, sweep_interval_ms=0) as meter:
+        return asyncio.run(awaited())
+    with Meter.connect(url, POLICY, options=OPTIONS, sweep_interval_ms=0) as meter:
         meter.reserve("acme", usage=Usage(input_tokens=1))
-        getattr(proxy, fault)(1)
-        meter.reserve("acme", usage=Usage(input_tokens=10))
-        assert 11 == used(meter.peek("acme"))
+        happen()
+        try:
+            meter.reserve("acme", **ten)
+        except told:
+            meter.reserve("acme", **ten)
+        return used(meter.peek("acme"))
+
+
+@pytest.mark.parametrize("face", ["sync", "async"])
+@pytest.mark.parametrize("fault", ["drop_replies", "swallow_replies", "cut_requests"])
+def test_a_call_whose_connection_fails_is_made_again_by_another(face: str, fault: str, proxy: FaultProxy) -> None:
+    assert 11 == used_at_last(face, proxy.url, lambda: getattr(proxy, fault)(1))
 
 
 @pytest.mark.parametrize("face", ["sync", "async"])
 @pytest.mark.parametrize("payload", [b"+one\r\n+two\r\n", b"\x00\x01 garbage\r\n", b":1\r\n$5\r\nab"])
 def test_answers_that_nobody_asked_for_are_nobody_s(face: str, payload: bytes, proxy: FaultProxy) -> None:
     """Operator: what answers in the server's place is told, and what is left of it reaches no later call."""
-
-    async def main() -> int:
-        async with AsyncMeter.connect(proxy.url, POLICY, options=OPTIONS, sweep_interval_ms=0) as meter:
-            await meter.reserve("acme", usage=Usage(input_tokens=1))
-            proxy.garble_replies(1, payload)
-            try:
-                await meter.reserve("acme", usage=Usage(input_tokens=10), reservation_id="again")
-            except StoreUnavailable:
-                await meter.reserve("acme", usage=Usage(input_tokens=10), reservation_id="again")
-            return used(await meter.peek("acme"))
-
-    if face == "async":
-        assert 11 == asyncio.run(main())
-        return
-    with Meter.connect(proxy.url, POLICY, options=OPTIONS, sweep_interval_ms=0) as meter:
-        meter.reserve("acme", usage=Usage(input_tokens=1))
-        proxy.garble_replies(1, payload)
-        try:
-            meter.reserve("acme", usage=Usage(input_tokens=10), reservation_id="again")
-        except StoreUnavailable:
-            meter.reserve("acme", usage=Usage(input_tokens=10), reservation_id="again")
-        assert 11 == used(meter.peek("acme"))
+    assert 11 == used_at_last(face, proxy.url, lambda: proxy.garble_replies(1, payload), (StoreUnavailable,))
 
 
 @pytest.mark.parametrize("face", ["sync", "async"])
@@ -181,21 +172,7 @@ def test_a_connection_that_the_server_closed_meanwhile_is_replaced(face: str, em
         with emptied.client() as client:
             client.client_kill_filter(_type="normal", skipme=True)
 
-    async def main() -> int:
-        async with AsyncMeter.connect(emptied.url, POLICY, options=OPTIONS, sweep_interval_ms=0) as meter:
-            await meter.reserve("acme", usage=Usage(input_tokens=1))
-            hang_up()
-            await meter.reserve("acme", usage=Usage(input_tokens=10))
-            return used(await meter.peek("acme"))
-
-    if face == "async":
-        assert 11 == asyncio.run(main())
-        return
-    with Meter.connect(emptied.url, POLICY, options=OPTIONS, sweep_interval_ms=0) as meter:
-        meter.reserve("acme", usage=Usage(input_tokens=1))
-        hang_up()
-        meter.reserve("acme", usage=Usage(input_tokens=10))
-        assert 11 == used(meter.peek("acme"))
+    assert 11 == used_at_last(face, emptied.url, hang_up)
 
 
 def test_a_forked_process_asks_by_connections_of_its_own(emptied: Server) -> None:
