@@ -13,22 +13,41 @@
 -- @include reservation
 -- @include ledger
 
-local OPERATION = '>dddd'
+local OPERATION = '>ddddd'             -- then so many runs of entries
 --   found_epoch    int   the ledger's epoch as it was found; 0: it had none
 --   follows_epoch  int   of the last entry that was exported
 --   follows_n      int   its number
 --   kept_n         int   of the last entry that is as it was exported; 0: none is
+--   run_count      int   how many runs follow, of entries behind that which were exported under other numbers
+
+local RENUMBERED = '>ddd'
+--   first_n      int   the first of a run
+--   last_n       int   the last
+--   exported_n   int   the number under which the first was exported; the others follow it
 
 local FORK = '>ddddd'
 --   as in the operation: epoch and number of the entry that the new epoch follows; the new epoch; the first number in
 --   it, and how many entries were moved there
 
-local found_epoch, follows_epoch, follows_n, kept_n = from_bytes(OPERATION, ARGV[2])
+-- A correction names its entry by the new number, if that is of the same call: else it means one that was lost.
+local function renamed(outcome, call_facts, moved, calls)
+  return (string.gsub(outcome, '"adjusts":"(%d+):(%d+)"', function(shard, n)
+    if moved[n + 0] and calls[n + 0] == call_facts then return format('"adjusts":"%s:%d"', shard, moved[n + 0]) end
+  end, 1))
+end
+
+local found_epoch, follows_epoch, follows_n, kept_n, run_count, at = from_bytes(OPERATION, ARGV[2])
+local known = {}
+for _ = 1, run_count do
+  local first_n, last_n, exported_n, next_at = from_bytes(RENUMBERED, ARGV[2], at)
+  for n = first_n, last_n do known[n] = exported_n + n - first_n end
+  at = next_at
+end
 fields[3] = 'fork'
 local writes, following = true, nil
 -- @include open
 local past_fork = state.fork and {from_bytes(FORK, state.fork)} or {}
-local first, from_ms, moved, removed = 0, now_ms, {}, {nil}
+local first, from_ms, moved, moved_count, removed = 0, now_ms, {}, 0, {nil}
 local status = 'forked'
 if past_fork[1] == follows_epoch and past_fork[2] == follows_n and past_fork[3] == epoch then
   status = 'repeated'
@@ -39,26 +58,38 @@ else
   number = math.max(number, follows_n, last and string.match(last[1], '^%d+') + 0 or 0)
   epoch = math.max(now_ms, epoch + 1, follows_epoch + 1)
   first = number + 1
+  local calls = {}
   for position, entry in ipairs(call('XRANGE', ledger_key, format('%d-0', kept_n + 1), '+')) do
-    number = number + 1
-    local command = {'XADD', ledger_key, format('%d-0', number), unpack(entry[2])}
-    for at = 4, #command, 2 do
-      if command[at] == 'epoch' then command[at + 1] = format('%013d', epoch) end
-      if command[at] == 'booked_at' and position == 1 then from_ms = tonumber(command[at + 1]) or 0 end
+    local n, values, places = string.match(entry[1], '^%d+') + 0, entry[2], {}
+    for place = 1, #values, 2 do places[values[place]] = place + 1 end
+    local outcome_at, booked_at, call_facts = places.outcome, places.booked_at, values[places.call or 0]
+    if position == 1 then from_ms = booked_at and tonumber(values[booked_at]) or 0 end
+    if outcome_at and values[places.kind or 0] == 'adjusted' then
+      values[outcome_at] = renamed(values[outcome_at], call_facts, moved, calls)
     end
-    entries[position], removed[position] = command, entry[1]
-    moved[string.match(entry[1], '^%d+') + 0] = number
+    removed[position], calls[n], moved[n] = entry[1], call_facts, known[n]
+    if not known[n] then
+      number = number + 1
+      moved[n] = number
+      if places.epoch then values[places.epoch] = format('%013d', epoch) end
+      entries[#entries + 1] = {'XADD', ledger_key, format('%d-0', number), unpack(values)}
+    end
   end
-  words[#words + 1], words[#words + 2] = 'fork', to_bytes(FORK, follows_epoch, follows_n, epoch, first, #removed)
+  moved_count = #entries
+  words[#words + 1], words[#words + 2] = 'fork', to_bytes(FORK, follows_epoch, follows_n, epoch, first, moved_count)
 end
 -- @include books
+if #removed > 0 then
+  call('LLEN', ended_key)  -- fails if it is of a foreign type
+  following = following or {nil, nil}
+end
 for at = 1, #removed, 1000 do
   following[#following + 1] = {'XDEL', ledger_key, unpack(removed, at, math.min(at + 999, #removed))}
 end
-if #removed > 0 then call('LLEN', ended_key) end  -- fails if it is of a foreign type
 -- @include commit
 -- Records of what ended with an entry that was moved: newest first, as far back as the first of those.
-local at, older = -1, #removed == 0
+local older = #removed == 0
+at = -1
 while not older do
   local items = call('LRANGE', ended_key, at - 999, at)
   for place = #items, 1, -1 do
@@ -79,6 +110,6 @@ if status == 'changed' then
 elseif status == 'repeated' then
   replies[1] = to_bytes('>ssdddd', 'sd*', status, now_ms, epoch, past_fork[4], past_fork[5])
 else
-  replies[1] = to_bytes('>ssdddd', 'sd*', status, now_ms, epoch, first, #removed)
+  replies[1] = to_bytes('>ssdddd', 'sd*', status, now_ms, epoch, first, moved_count)
 end
 -- @include answer

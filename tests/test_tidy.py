@@ -145,7 +145,7 @@ def test_every_value_that_a_script_takes_is_named_in_its_header(verb: str) -> No
         for _, _, name in scripts.bindings(text)
     ]
     for taking in re.findall(
-        r"local [a-z]\w*, [a-z][\w,\s]*= from_bytes\((?:CALL|OPERATION|LIMIT|PAYLOAD|UNIT),", text
+        r"local [a-z]\w*, [a-z][\w,\s]*= from_bytes\((?:CALL|OPERATION|LIMIT|PAYLOAD|UNIT|RENUMBERED),", text
     ):
         first, second = re.findall(r"\w+", taking)[1:3]
         wrong.append(text.replace(taking, taking.replace(f"local {first}, {second}", f"local {second}, {first}")))

@@ -49,7 +49,8 @@ what is only in the store, and asks; then it begins another epoch of the ledger.
 
 What was exported stays true, and is billed as it is. Entries that are only in
 the store get new numbers, behind all that were ever given, and are exported by
-the next `meterlib export run`, which needs no further option. Nothing is dropped.
+the next `meterlib export run`, which needs no further option. Nothing is dropped
+but what was exported already, under the numbers of a fork that was lost as well.
 """
 
 _TOKENS = {
@@ -193,6 +194,8 @@ def _confirmed(loss: Loss) -> bool:
 def _print_loss(loss: Loss) -> None:
     print(f"{loss.problem.problem}: {loss.problem}")
     kept = f"{loss.shard}:{loss.kept.n}" if loss.kept.n else "none"
+    if loss.kept.n != loss.kept.stored_n:
+        kept += f", which is {loss.shard}:{loss.kept.stored_n} in the store"
     print(f"\nlast entry that is the same on both sides: {kept}")
     _print_side("exported, and not in the store any more; they stay as they are", loss.shard, loss.lost)
     _print_side("in the store, and never exported; they get new numbers", loss.shard, loss.unexported)

@@ -205,6 +205,14 @@ class Sweep(NamedTuple):
         return packed(self)
 
 
+class Renumbered(NamedTuple):
+    """Entries in a row that are exported under other numbers than they have: the first, the last, the first's there."""
+
+    first_n: int
+    last_n: int
+    exported_n: int
+
+
 class Fork(NamedTuple):
     """Begin another epoch of a ledger that lost what was exported from it."""
 
@@ -212,9 +220,10 @@ class Fork(NamedTuple):
     follows_epoch: int
     follows_n: int
     kept_n: int
+    renumbered: tuple[Renumbered, ...] = ()
 
     def packed(self) -> bytes:
-        return packed(self)
+        return packed((*self[:-1], len(self.renumbered))) + b"".join([packed(run) for run in self.renumbered])
 
 
 Operation = Reserve | Settle | Record | Cancel | Revise | Peek | Find | Sweep | Fork

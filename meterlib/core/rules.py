@@ -6,8 +6,9 @@ favours the plainest way to say a thing; the scripts favour the fewest commands.
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left, insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -548,13 +549,25 @@ def fork(work: Work, operation: Fork) -> Reply:
         return ["changed", work.now_ms]
     work.number = max(work.number, operation.follows_n, shard.ledger[-1]["n"] if shard.ledger else 0)
     work.epoch = max(work.now_ms, work.epoch + 1, operation.follows_epoch + 1)
-    first, moved = work.number + 1, {}
+    first = work.number + 1
+    known = {
+        n: n - run.first_n + run.exported_n for run in operation.renumbered for n in range(run.first_n, run.last_n + 1)
+    }
+    moved: dict[int, int] = {}
+    calls: dict[int, bytes] = {}
     for entry in shard.ledger:
         if entry["n"] > operation.kept_n:
+            outcome = entry["outcome"]
+            if entry["kind"] == "adjusted":
+                outcome = _renamed(outcome, entry["call"], moved, calls)
+            calls[entry["n"]] = entry["call"]
+            if entry["n"] in known:
+                moved[entry["n"]] = known[entry["n"]]
+                continue
             work.number += 1
             moved[entry["n"]] = work.number
-            work.entries.append(entry | {"n": work.number, "epoch": work.epoch})
-    shard.fork = (operation.follows_epoch, operation.follows_n, work.epoch, first, len(moved))
+            work.entries.append(entry | {"n": work.number, "outcome": outcome, "epoch": work.epoch})
+    shard.fork = (operation.follows_epoch, operation.follows_n, work.epoch, first, len(work.entries))
     work.commit(books=True, forked=True)
     shard.ledger[:] = [entry for entry in shard.ledger if entry["n"] not in moved]
     for record_field, record in shard.records.items():
@@ -562,6 +575,17 @@ def fork(work: Work, operation: Fork) -> Reply:
             shard.records[record_field] = replace(record, number=moved[record.number])
     return ["forked", work.now_ms, *shard.fork[2:]]
 
+
+def _renamed(outcome: bytes, call: bytes, moved: Mapping[int, int], calls: Mapping[int, bytes]) -> bytes:
+    """A correction names its entry by the new number, if that is of the same call: else it means one that was lost."""
+    found = _ADJUSTS.search(outcome)
+    n = int(found[2]) if found else 0
+    if found is None or calls.get(n) != call:
+        return outcome
+    return outcome[: found.start(2)] + b"%d" % moved[n] + outcome[found.end(2) :]
+
+
+_ADJUSTS = re.compile(rb'"adjusts":"(\d+):(\d+)"')
 
 _READ_ONLY: dict[str, Callable[[Work, Any], Reply]] = {"peek": peek, "find": find}
 _ALONE: dict[str, Callable[[Work, Any], Reply]] = {"sweep": sweep, "fork": fork}

@@ -44,6 +44,7 @@ from meterlib.core.operations import (
     Peek,
     PeekLimit,
     Record,
+    Renumbered,
     Reply,
     Reserve,
     Revise,
@@ -690,7 +691,14 @@ def known_sinks(add: str = "", drop: str = "") -> Flow[list[str]]:
     return names
 
 
-def fork(shard: int, found_epoch: str, follows_epoch: str, follows_n: int, kept_n: int) -> Flow[NewEpoch]:
+def fork(
+    shard: int,
+    found_epoch: str,
+    follows_epoch: str,
+    follows_n: int,
+    kept_n: int,
+    renumbered: tuple[Renumbered, ...] = (),
+) -> Flow[NewEpoch]:
     """Begin another epoch of a ledger that lost what was exported from it; see `lua/fork.lua`.
 
     Raises:
@@ -698,7 +706,7 @@ def fork(shard: int, found_epoch: str, follows_epoch: str, follows_n: int, kept_
     """
     check_count(follows_n, "follows_n", AMOUNT_MAX)
     check_count(kept_n, "kept_n", AMOUNT_MAX, least=0)
-    operation = Fork(int(found_epoch or 0), int(follows_epoch), follows_n, kept_n)
+    operation = Fork(int(found_epoch or 0), int(follows_epoch), follows_n, kept_n, renumbered)
     reply: Reply = yield Call("fork", shard, operation)
     if _status(reply) == "changed":
         raise StoreRefused("fork", "somebody else has begun another epoch since it was looked at")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from meterlib.core import operations
-from meterlib.core.operations import LimitArguments, PeekLimit, Reserve
+from meterlib.core.operations import LimitArguments, PeekLimit, Renumbered, Reserve
 
 CALL_ARGUMENTS = ("layout", "test_now_ms", "sweep_max", "retention_ms")
 KEYS = ("state_key", "leases_key", "ended_key", "ledger_key", "windows_key")
@@ -19,14 +19,20 @@ _INCLUDE = re.compile(r"^[ ]*-- @include (\w+)\n", re.MULTILINE)
 _FLAGS = re.compile(r"^-- flags: ([a-z, -]+)$", re.MULTILINE)
 _KEY = re.compile(r"^local (?P<name>\w+) *= KEYS\[(?P<index>\d+)\] +-- (?P<kind>\w+) +(?P<meaning>\S.*)$", re.MULTILINE)
 _RECORD = re.compile(
-    r"^ *local (?P<record>CALL|OPERATION|LIMIT|PAYLOAD|UNIT)(?:, \w+)? = '>(?P<format>[sd]+)'.*\n"
+    r"^ *local (?P<record>CALL|OPERATION|LIMIT|PAYLOAD|UNIT|RENUMBERED)(?:, \w+)? = '>(?P<format>[sd]+)'.*\n"
     r"(?P<values>(?: *--   \w+ +\w+ +\S.*\n)+)",
     re.MULTILINE,
 )
 _VALUE = re.compile(r"^ *--   (?P<name>\w+) +(?P<kind>\w+) +(?P<meaning>\S.*)$", re.MULTILINE)
-_UNPACKING = re.compile(r"local ([\w,\s]+?)\s*= from_bytes\((CALL|OPERATION|LIMIT|PAYLOAD|UNIT),")
+_UNPACKING = re.compile(r"local ([\w,\s]+?)\s*= from_bytes\((CALL|OPERATION|LIMIT|PAYLOAD|UNIT|RENUMBERED),")
 _FORMATS = {"str": "s", "hex": "s", "json": "s", "int": "d", "ms": "d"}
-_REPEATED = {"limits": ("LIMIT", "limit_count"), "used": ("UNIT", "unit_count"), "amounts": ("UNIT", "unit_count")}
+_REPEATED = {
+    "limits": ("LIMIT", "limit_count"),
+    "used": ("UNIT", "unit_count"),
+    "amounts": ("UNIT", "unit_count"),
+    "renumbered": ("RENUMBERED", "run_count"),
+}
+_FIELDS = {"UNIT": ("unit", "amount"), "RENUMBERED": Renumbered._fields}
 _KEPT = {"LIMIT": ("limit_size", *LimitArguments._fields), "PAYLOAD": Reserve._fields[3:]}
 """What records of reservations have, whatever the operation at hand names."""
 
@@ -86,7 +92,7 @@ def check_contract(name: str, text: str) -> None:
     if name == "reserve":  # what its record keeps comes last
         expected |= {"OPERATION": named[:3], "PAYLOAD": named[3:]}
     for repeated in {_REPEATED[field][0] for field in fields if field in _REPEATED}:
-        expected[repeated] = ("unit", "amount") if repeated == "UNIT" else _limit_fields(name)
+        expected[repeated] = _FIELDS.get(repeated) or _limit_fields(name)
     documented: dict[str, list[str]] = {group: [] for group in expected}
     for group, index, found in bindings(text):
         names = expected.get(group) or _KEPT[group]

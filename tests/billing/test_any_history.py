@@ -237,8 +237,7 @@ class Books:
         with self.sinks() as sinks:
             for shard in range(SHARDS):
                 if (loss := loss_of(sinks, self.run, shard)) is not None:
-                    kept = [identity(entry) for entry in self.booked[shard]]
-                    gone = {one.reservation_id for one in self.exported[shard] if identity(one) not in kept}
+                    gone = {one.reservation_id for one in self._lost(shard)}
                     came = {one.reservation_id for one in self._unexported(shard)}
                     assert gone & came == set(loss.twice), (gone, came, loss.twice)
                     begun = fork(loss, self.run)
@@ -249,6 +248,13 @@ class Books:
         for shard in range(SHARDS):
             self.exported[shard] += self._unexported(shard)
         self.check_archive()
+
+    def _lost(self, shard: int) -> list[LedgerEntry]:
+        """What the last loss took: all behind the last exported entry that the store still has, which may follow
+        entries that an earlier loss took."""
+        kept = {identity(entry) for entry in self.booked[shard]}
+        exported = self.exported[shard]
+        return exported[max((at for at, one in enumerate(exported, 1) if identity(one) in kept), default=0) :]
 
     def _unexported(self, shard: int) -> list[LedgerEntry]:
         known = {identity(entry) for entry in self.exported[shard]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +300,25 @@ def test_compacting_joins_the_last_pieces_when_asked(tmp_path: Path) -> None:
     books.book(2)
     books.export()
     assert [(1, 4), (5, 5)] == books.names()
+
+
+def test_a_compaction_that_fails_leaves_nothing_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A piece that cannot be read, or that somebody else has joined meanwhile: no file of lines stays behind."""
+    books = Books(tmp_path)
+    for _ in range(3):
+        books.book()
+        books.export()
+    with books.archive() as archive:
+
+        def unreadable(pieces: object) -> Iterator[list[bytes]]:
+            yield []
+            raise IntegrityError("unreadable", "the disk fails")
+
+        monkeypatch.setattr(archive, "lines", unreadable)
+        with pytest.raises(IntegrityError):
+            archive.compact(0, pieces_max=1)
+
+        assert [] == list(archive.work().folder.glob("*.csv"))
 
 
 def test_another_segment_size_holds_from_then_on(tmp_path: Path) -> None:

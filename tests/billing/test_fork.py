@@ -190,6 +190,99 @@ def test_a_fork_that_is_lost_itself_is_made_again(books: ForgetfulBooks) -> None
     assert len(exported) + 1 == len({entry.n for entry in books.archived()})
 
 
+def test_what_a_lost_fork_had_moved_is_not_exported_again(books: ForgetfulBooks) -> None:
+    """A server that goes back behind a fork, to entries that were exported under their new numbers: they are known."""
+    books.book(4)
+    books.remember()
+    books.book(2)
+    books.export()
+    books.lose()
+    books.book(3)
+    books.remember()
+    first = books.fork()
+    books.book(2)
+    assert books.export().problem is None
+    exported = books.archived()
+    books.lose()
+    held = books.booked()[-1]
+    books.book(2)
+    books.meter.adjust(held, {"input_tokens": -1}, "counted twice")
+    loss = books.loss()
+    assert loss is not None
+    assert ((7, first.first + 2), (2, 3), []) == (
+        (loss.kept.stored_n, loss.kept.n),
+        (loss.lost.count, loss.unexported.count),
+        loss.twice,
+    )
+
+    second = books.fork()
+
+    assert (exported[-1].n + 1, 3) == (second.first, second.moved)
+    assert books.export().problem is None
+    archived = books.archived()
+    assert exported == archived[:-3]
+    assert f"0:{first.first + 2}" == archived[-1].adjusts
+    assert held.reservation_id == archived[8].reservation_id
+    assert books.booked() == archived[:4] + archived[-3:]
+
+
+def test_a_call_that_a_lost_fork_had_moved_keeps_its_exported_number(books: ForgetfulBooks) -> None:
+    """Whoever repeats it, or corrects it, names the entry that is in the archive."""
+    books.book(2)
+    books.export()
+    books.client.flushall()
+    books.clock.advance(ms=1000)
+    held = books.meter.reserve("acme", {"model": "opus"})
+    books.meter.settle("acme", held.id, Usage(input_tokens=4))
+    books.remember()
+    first = books.fork()
+    assert (None, 3) == (books.export().problem, first.first)
+    books.lose()
+
+    books.fork()
+
+    assert 3 == books.meter.settle("acme", held.id, Usage(input_tokens=4)).n
+    assert (None, 3) == (books.export().problem, len(books.archived()))
+
+
+@pytest.mark.parametrize("corrected", [4, 3])
+def test_a_correction_moves_with_the_entry_that_it_corrects(books: ForgetfulBooks, corrected: int) -> None:
+    """It is booked by the number that its entry has in the store; one that stays where it is stays named as it is."""
+    books.book(3)
+    books.remember()
+    books.book(2)
+    books.export()
+    books.lose()
+    books.book(1)
+    books.meter.adjust(books.booked()[corrected - 1], {"input_tokens": -1}, 'not "adjusts":"0:4"')
+    first = books.meter.adjust(books.booked()[-1], {"input_tokens": 1}, "after all")
+    assert "0:5" == first.adjusts
+
+    books.fork()
+
+    assert books.export().problem is None
+    archived = {entry.n: entry for entry in books.archived()}
+    assert (f"0:{ {4: 7, 3: 3}[corrected] }", "0:8") == (archived[8].adjusts, archived[9].adjusts)
+    assert 'not "adjusts":"0:4"' == archived[8].reason
+
+
+def test_a_correction_of_what_was_lost_goes_on_naming_it(books: ForgetfulBooks) -> None:
+    """The entry that has its number in the store meanwhile is another call's."""
+    books.book(3)
+    books.remember()
+    books.book(1)
+    lost = books.booked()[-1]
+    books.export()
+    books.lose()
+    books.meter.record("acme", {"model": "another"}, Usage(input_tokens=1))
+    books.meter.adjust(lost, {"input_tokens": -1}, "counted twice")
+
+    books.fork()
+
+    assert books.export().problem is None
+    assert "0:4" == books.archived()[-1].adjusts
+
+
 def test_a_ledger_that_lost_nothing_is_not_forked(books: ForgetfulBooks) -> None:
     """Neither one that fits, nor one whose trouble is another."""
     books.book(3)

@@ -28,6 +28,7 @@ from meterlib.core.operations import (
     Peek,
     PeekLimit,
     Record,
+    Renumbered,
     Reserve,
     Revise,
     Settle,
@@ -291,12 +292,19 @@ class Histories(RuleBasedStateMachine):
         if reply[0] == "revised":
             self.judge.revised(field, used, reply[3])
 
-    @rule(data=st.data(), digest=payloads, pairs=wanted, kind=st.sampled_from(["recorded", "adjusted"]))
-    def record(self, data: st.DataObject, digest: str, pairs: list[tuple[Rule, int]], kind: str) -> None:
+    @rule(
+        data=st.data(),
+        digest=payloads,
+        pairs=wanted,
+        kind=st.sampled_from(["recorded", "adjusted"]),
+        back=st.integers(0, 4),
+    )
+    def record(self, data: st.DataObject, digest: str, pairs: list[tuple[Rule, int]], kind: str, back: int) -> None:
         """Usage without a reservation, and corrections."""
         field = self.new_id(data)
         pairs = pairs if kind == "recorded" else []
-        operation = Record(field, kind, digest, field[2].encode(), b"{}", arguments(pairs))
+        outcome = b"{}" if kind == "recorded" else b'{"adjusts":"0:%d"}' % max(0, self.shard.number - back)
+        operation = Record(field, kind, digest, field[2].encode(), outcome, arguments(pairs))
         reply = self.call("record", [operation])[0]
         if reply[0] == "recorded":
             self.judge.charged(field, kind, pairs, reply[1])
@@ -318,16 +326,31 @@ class Histories(RuleBasedStateMachine):
             assert again[0] == "repeated"
             assert answer[told] == again[told]
 
-    @rule(kept=st.integers(0, 4), ahead=st.integers(0, 3), later=st.sampled_from([False, False, True]))
-    def fork(self, kept: int, ahead: int, later: bool) -> None:
-        """The ledger lost its last entries, and was exported further than it is now; more than once, perhaps."""
+    @rule(
+        kept=st.integers(0, 4),
+        ahead=st.integers(0, 3),
+        later=st.sampled_from([False, False, True]),
+        runs=st.lists(st.integers(0, 2), max_size=2),
+    )
+    def fork(self, kept: int, ahead: int, later: bool, runs: list[int]) -> None:
+        """The ledger lost its last entries, and was exported further than it is now; more than once, perhaps, and some
+        of its entries under the numbers of a fork that it lost."""
         if not self.shard.layout:
             return
         before = self.shard.number
         kept_n = max(0, before - kept)
         follows_epoch = self.shard.epoch + 5_000_000 * later
-        operation = Fork(self.shard.epoch, follows_epoch, max(1, before + ahead), kept_n)
-        moving = [number for number in self.numbers if number > kept_n]
+        follows_n = max(1, before + ahead)
+        known = []
+        for at, more in enumerate(runs):
+            follows_n += 3
+            known.append(Renumbered(kept_n + 1 + 3 * at, kept_n + 1 + 3 * at + more, follows_n - 2))
+        operation = Fork(self.shard.epoch, follows_epoch, follows_n, kept_n, tuple(known))
+        exported = {number for run in known for number in range(run.first_n, run.last_n + 1)}
+        moving = [number for number in self.numbers if number > kept_n and number not in exported]
+        for entry in self.shard.ledger:
+            if entry["n"] > kept_n and entry["n"] in exported:
+                self.judge.entries.remove((entry["kind"], f"r/{plain(entry['call'])}/{entry['id']}"))
         status, _, epoch, first, moved = self.call("fork", [operation])[0]
 
         assert ("forked", len(moving)) == (status, moved)

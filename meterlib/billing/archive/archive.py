@@ -282,8 +282,8 @@ class Archive:
 
     def seal(self, draft: FileDraft) -> Segment:
         """Make a segment of a draft: it is in the archive, and on the disk, when this returns."""
-        self.prepare()
         try:
+            self.prepare()
             return write(self._writer, draft.file, draft.told(), self.folder(draft.shard), self.work().folder)
         finally:
             draft.discard()
@@ -337,11 +337,15 @@ class Archive:
         position = Position(first.follows_epoch, first.follows_n, bytes.fromhex(first.before))
         draft = self.draft(first.shard, first.epoch, first.first, position)
         unknown = [name for piece in pieces for name in self.facts(piece).unknown]
-        for portion in self.lines(pieces):
-            draft.add(portion, unknown)
-        if draft.link.hex() != last.link:
+        try:
+            for portion in self.lines(pieces):
+                draft.add(portion, unknown)
+            if draft.link.hex() != last.link:
+                problem = f"the segments from {self.file(pieces[0])} on do not hold what they say"
+                raise IntegrityError("damaged", problem)
+        except BaseException:  # also one that somebody else has joined meanwhile
             draft.discard()
-            raise IntegrityError("damaged", f"the segments from {self.file(pieces[0])} on do not hold what they say")
+            raise
         self.seal(draft)
 
 

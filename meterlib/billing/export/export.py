@@ -198,7 +198,7 @@ class Exporter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._writer.shutdown(cancel_futures=True)
+        self._writer.shutdown()  # what is with it already is taken up: so no draft is left open
 
     def export(self, shard: int) -> Exported:
         """Bring a shard's part of the sink up to what its ledger has now; a problem is in the result.

@@ -9,16 +9,18 @@ ever, and a correction that names it cannot mean another.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from hashlib import sha256
 from typing import Any, NamedTuple
 
 import msgspec
 
 from meterlib.billing.archive.lines import Lines, OddEntryError, Page
-from meterlib.billing.archive.rows import entry_from
+from meterlib.billing.archive.rows import SEPARATOR, STORED, entry_from, fields_of
 from meterlib.billing.archive.segments import Position
 from meterlib.billing.archive.sinks import Sink
 from meterlib.billing.export.start import Run, Start
 from meterlib.core.ledger import LedgerEntry
+from meterlib.core.operations import Renumbered
 from meterlib.errors import IntegrityError
 from meterlib.store import flows
 from meterlib.store.commands import ShardHead
@@ -29,10 +31,20 @@ SHOWN_MAX = 5
 
 
 class Kept(NamedTuple):
-    """The last entry that is in the store as it was exported; `n` is 0 if none is."""
+    """The last entry that is in the store and was exported; all numbers are 0 if none is.
 
-    epoch: str
-    n: int
+    Attributes:
+        epoch, n: as it was exported.
+        stored_n: its number in the store.
+        same_n: of the last one that has the number under which it was exported; none below it was lost or moved.
+        renumbered: those behind that, up to the last kept one, and what they were exported as.
+    """
+
+    epoch: str = ""
+    n: int = 0
+    stored_n: int = 0
+    same_n: int = 0
+    renumbered: tuple[Renumbered, ...] = ()
 
 
 class Side(msgspec.Struct, kw_only=True):
@@ -66,7 +78,7 @@ class Loss(msgspec.Struct, kw_only=True):
         found_epoch: the ledger's epoch now; empty if it has none.
         exported: how far it was exported, by the sink that is furthest.
         kept: the last entry that is the same on both sides.
-        lost: entries that were exported and are not in the store any more.
+        lost: entries that were exported behind it, and are not in the store any more.
         unexported: entries that are in the store and were never exported.
         twice: reservations that have an entry on either side: the call was told again, and would be billed twice.
     """
@@ -106,14 +118,14 @@ def loss_of(sinks: Sequence[Sink[Any]], run: Run, shard: int) -> Loss | None:
 
 def fork(loss: Loss, run: Run) -> NewEpoch:
     """Begin another epoch of the ledger behind what was exported; entries that came meanwhile are moved along."""
-    exported = loss.exported
-    return run(flows.fork(loss.shard, loss.found_epoch, exported.epoch, exported.n, loss.kept.n))
+    exported, kept = loss.exported, loss.kept
+    return run(flows.fork(loss.shard, loss.found_epoch, exported.epoch, exported.n, kept.same_n, kept.renumbered))
 
 
 def _told(sink: Sink[Any], run: Run, shard: int, head: ShardHead, position: Position, problem: IntegrityError) -> Loss:
-    kept = _kept(sink, run, shard, head)
+    kept = _known(sink, run, shard, _kept(sink, run, shard, head))
     unexported, ids = Side(), set()
-    for n, fields in _stored(run, shard, kept.n):
+    for n, fields in _stored(run, shard, kept.stored_n):
         try:
             entry = entry_from(shard, Lines().of([(n, fields)])[0])
         except OddEntryError:  # which the export will name
@@ -150,9 +162,42 @@ def _kept(sink: Sink[Any], run: Run, shard: int, head: ShardHead) -> Kept:
         page = run(flows.read_stored(shard, first - 1, last - first + 1))
         for n, fields in reversed(page):
             if n <= last and _line(n, fields) in exported:
-                return Kept(fields[b"epoch"].decode(), n)
+                return Kept(fields[b"epoch"].decode(), n, n, n)
         last = first - 1
-    return Kept("", 0)
+    return Kept()
+
+
+def _known(sink: Sink[Any], run: Run, shard: int, kept: Kept) -> Kept:
+    """Entries behind it that were exported under other numbers are kept, too."""
+    stored = {_content(line): n for n, fields in _stored(run, shard, kept.n) if (line := _line(n, fields))}
+    runs: list[Renumbered] = []
+    if stored:
+        for portion in sink.behind(shard, kept.epoch, kept.n):
+            for line in portion:
+                if (n := stored.pop(_content(line), 0)) > kept.stored_n:
+                    exported_n, fields = fields_of(line)
+                    kept = kept._replace(epoch=fields[b"epoch"].decode(), n=exported_n, stored_n=n)
+                    _add(runs, n, exported_n)
+    return kept._replace(renumbered=tuple(runs))
+
+
+def _add(runs: list[Renumbered], n: int, exported_n: int) -> None:
+    last = runs[-1] if runs else Renumbered(0, 0, 0)
+    if runs and n == last.last_n + 1 and exported_n == last.exported_n + n - last.first_n:
+        runs[-1] = last._replace(last_n=n)
+    else:
+        runs.append(Renumbered(n, n, exported_n))
+
+
+def _content(line: bytes) -> bytes:
+    """What an entry is told from all others by, wherever it stands.
+
+    That is not its number, its epoch, or its outcome: if it is a correction, that names a number. The digest tells of
+    the outcome.
+    """
+    _, *values, more = line.split(SEPARATOR)
+    told = [value for name, value in zip(STORED, values, strict=True) if name not in (b"outcome", b"epoch")]
+    return sha256(SEPARATOR.join((*told, more))).digest()
 
 
 def _line(n: int, fields: dict[bytes, bytes]) -> bytes:
