@@ -15,6 +15,7 @@ from meterlib.billing.archive.archive import Archive
 from meterlib.billing.postings.closes import Close, file_of
 from meterlib.billing.postings.closing import Closing, Word, word_of
 from meterlib.billing.postings.postings import Postings
+from meterlib.billing.postings.repeats import repeats_of
 from meterlib.cli.exits import INCOMPLETE, INTEGRITY, OK
 from meterlib.cli.options import add_archive, add_config, add_json, archive_folder, whole_number
 from meterlib.cli.progress import Phases
@@ -26,6 +27,7 @@ from meterlib.core.money import ZERO, plain, plus
 from meterlib.errors import InvalidInput
 from meterlib.store.journal import Journal
 
+SHOWN_MAX = 5
 HELP = """\
 Close a month: write down, once and for good, how far each shard goes in it and
 what its rated rows come to, by tenant and currency. What is booked later about
@@ -42,13 +44,15 @@ shard must have an archived entry that was booked after the month, which proves
 the same, since times of a ledger never go back. What it cannot prove is that the
 store still has the ledger that was archived.
 
-Settlements that wait in the journal of the settings are told of; --strict does not
-close a month before they are booked. Journals on other machines are not looked at.
+Settlements that wait in the journal of the settings are told of, and calls that are
+in the ledger twice, since they were told again when the store had forgotten them;
+--strict does not close a month before that is put right. Journals on other machines
+are not looked at.
 ---
 examples:
   meterlib close 2026-10
-  meterlib close 2026-10 --strict       only if every row of it has a price, and
-                                        no settlement waits
+  meterlib close 2026-10 --strict       only if every row of it has a price, no
+                                        settlement waits, and no call is billed twice
   meterlib close --list                 the periods that are closed
 
 exit codes: 0 ok, or closed already; 2 wrong usage or configuration; 3 the period
@@ -67,8 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="nothing of this shard is still to come: it is of a store that had more of them; may be repeated",
     )  # fmt: skip
     parser.add_argument(
-        "--strict", action="store_true", help="do not close it while rows have no price, or settlements wait"
-    )
+        "--strict", action="store_true",
+        help="do not close it while rows have no price, settlements wait, or calls are billed twice",
+    )  # fmt: skip
     add_archive(parser)
     add_json(parser)
     add_config(parser)
@@ -104,15 +109,15 @@ def _close(archive: Archive, config: Config, arguments: argparse.Namespace, phas
     hindrances = closing.hindrances(words, config.store.shards, arguments.retired)
     if not hindrances:
         close = closing.drawn_up(time.time_ns() // 1_000_000, "archive" if arguments.offline else "store")
-        waiting = _waiting(config)
-        if not (arguments.strict and (close.unpriced or waiting)):
+        doubts = _waiting(config) + _twice(closing)
+        if not (arguments.strict and (close.unpriced or doubts)):
             close = closing.write(close)
             phases.done()
-            for warning in waiting:
+            for warning in doubts:
                 print(f"meterlib: warning: {warning}", file=sys.stderr)
             return _tell(archive, close, arguments)
         hindrances = [f"{close.unpriced:,} rows of it have no price"] if close.unpriced else []
-        hindrances += waiting
+        hindrances += doubts
     phases.done()
     if arguments.json:
         print(json.dumps({"period": arguments.period, "closed": False, "hindrances": hindrances}, indent=2))
@@ -135,6 +140,21 @@ def _waiting(config: Config) -> list[str]:
         return [f"the journal {journal} cannot be read: {error.strerror}"]
     told = "it is not in the ledger yet, and will be of a later month; a running meter with this journal books it"
     return [f"usage of {count:,} calls waits in {journal}: {told}"] if count else []
+
+
+def _twice(closing: Closing) -> list[str]:
+    """What is to be said of calls that are billed twice."""
+    found = repeats_of(closing.postings, closing.month.start_ms, closing.month.end_ms)
+    if not found:
+        return []
+    shown = ", ".join(
+        f"{one.tenant}'s {one.reservation_id} as {one.first} and {one.again}" for one in found[:SHOWN_MAX]
+    )
+    more = ", …" if len(found) > SHOWN_MAX else ""
+    return [
+        f"{len(found):,} calls are in the ledger twice, and billed twice: {shown}{more}; they were told again when the"
+        " store had forgotten them ([store] retention_ms) or lost them; book a correction (adjust) of one entry of each"
+    ]
 
 
 def _words(archive: Archive, config: Config, arguments: argparse.Namespace, phases: Phases) -> list[Word]:

@@ -16,6 +16,7 @@ import pytest
 import meterlib
 from meterlib import Usage
 from meterlib.billing.export.export import Accepted
+from meterlib.billing.export.fork import fork, loss_of
 from meterlib.billing.months import month_named
 from meterlib.billing.postings.closes import Close, closes_of, digest_of, encoded
 from meterlib.billing.postings.closing import Closing, Word
@@ -439,6 +440,89 @@ def test_nothing_is_said_of_a_journal_in_which_nothing_waits(
 
     assert 0 == main(words)
     assert "" == capsys.readouterr().err
+
+
+def to_october(ledgers: Ledgers) -> list[str]:
+    """The clock is in October of 2026; and the words that close that month."""
+    ledgers.clock.advance(ms=at_ms("2026-10-05") - ledgers.clock.now_ms)
+    return ["close", "2026-10", "--offline", *settings_of(ledgers)]
+
+
+@pytest.mark.parametrize("told", ["settled", "recorded"])
+def test_calls_told_again_after_the_retention_are_told_of_until_they_are_corrected(
+    ledgers: Ledgers, capsys: pytest.CaptureFixture[str], told: str
+) -> None:
+    """The store has forgotten them, and refuses no usage: so they are booked again."""
+    words = to_october(ledgers)
+    meter, attributes, usage = (
+        ledgers.meter,
+        {"provider": "anthropic", "model": "plain"},
+        Usage(input_tokens=7, output_tokens=0),
+    )
+    meter.reserve("acme", attributes, reservation_id="twice")
+
+    def tell() -> Any:
+        if told == "settled":
+            return meter.settle("acme", "twice", usage, attributes=attributes)
+        return meter.record("acme", attributes, usage, record_id="noted")
+
+    first = tell()
+    assert first.n == tell().n
+    meter.record("acme", attributes, usage, record_id="once")
+    ledgers.clock.advance(ms=25 * 3_600_000)
+    meter.sweep()
+    again = tell()
+    assert again.n > first.n
+    meter.reserve("acme", attributes, reservation_id="expired", lease_ms=1000)
+    for _ in range(2):
+        ledgers.clock.advance(ms=25 * 3_600_000)
+        meter.sweep()
+    late = meter.settle("acme", "expired", usage, attributes=attributes)
+    assert ("late", "unknown") == (late.kind, late.after), "and it is in it once"
+    ledgers.clock.advance(ms=40 * 24 * 3_600_000)
+    meter.record("acme", attributes, usage, record_id="november")
+    ledgers.rate()
+
+    assert 3 == main([*words, "--strict"])
+
+    name = "noted" if told == "recorded" else "twice"
+    problem = f"1 calls are in the ledger twice, and billed twice: acme's {name} as 0:{first.n} and 0:{again.n}; they"
+    assert f"cannot be closed: {problem}" in capsys.readouterr().err
+    meter.adjust(again, {"input_tokens": -7}, "told twice")
+    ledgers.rate()
+    assert 0 == main([*words, "--strict"])
+    assert "twice" not in capsys.readouterr().err
+
+
+def test_a_call_that_was_settled_again_after_a_loss_is_told_of(
+    ledgers: Ledgers, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The store came back with the call still open; both settlements are in the archive, and nobody is stopped."""
+    words = to_october(ledgers)
+    attributes, usage = {"provider": "anthropic", "model": "plain"}, Usage(input_tokens=7, output_tokens=0)
+    ledgers.meter.record("acme", attributes, usage)
+    ledgers.meter.reserve("acme", attributes, reservation_id="twice")
+    kept = {key: ledgers.client.dump(key) for key in ledgers.client.scan_iter()}
+    ledgers.meter.settle("acme", "twice", usage)
+    ledgers.rate()
+    ledgers.client.flushall()
+    for key, value in kept.items():
+        ledgers.client.restore(key, 0, value)
+    ledgers.clock.advance(ms=1000)
+    ledgers.meter.settle("acme", "twice", usage)
+    with ledgers.archive() as archive:
+        loss = loss_of([archive], ledgers.run, 0)
+        assert loss is not None
+        fork(loss, ledgers.run)
+    ledgers.clock.advance(ms=40 * 24 * 3_600_000)
+    ledgers.meter.record("acme", attributes, usage)
+    ledgers.rate()
+
+    assert 0 == main(words)
+
+    assert "warning: 1 calls are in the ledger twice, and billed twice: acme's twice as 0:2 and 0:3" in (
+        capsys.readouterr().err
+    )
 
 
 def test_a_close_that_was_changed_is_found(ledgers: Ledgers, capsys: pytest.CaptureFixture[str]) -> None:

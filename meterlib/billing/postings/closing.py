@@ -78,12 +78,13 @@ class Closing:
         IntegrityError: the archive's files do not fit together.
 
     Attributes:
+        postings: of the archive.
         month: the period.
         standing: the close that there is already; None if the period is open.
     """
 
     def __init__(self, postings: Postings, period: str) -> None:
-        self._postings = postings
+        self.postings = postings
         self._archive = postings.archive
         self.month = month_named(period, postings.tz, "PERIOD")
         self.standing = next((close for close in postings.closes if close.period == period), None)
@@ -95,7 +96,7 @@ class Closing:
         if self.month.start_ms < first.from_ms:
             raise InvalidInput("PERIOD", f"the first period that was closed is {first.period}, and this is before it")
         if self.month.start_ms != last.until_ms:
-            following = month_at(self._postings.tz, last.until_ms).label
+            following = month_at(self.postings.tz, last.until_ms).label
             raise InvalidInput("PERIOD", f"{last.period} was closed last, so {following} is the next")
 
     def hindrances(self, words: Sequence[Word] | None, shards: int, retired: Collection[int] = ()) -> list[str]:
@@ -106,11 +107,11 @@ class Closing:
             shards: how many the store has.
             retired: further ones, of a store that is gone, of which nothing is still to come by somebody's word.
         """
-        return self._postings.steady(lambda: self._hindrances(words, shards, retired))
+        return self.postings.steady(lambda: self._hindrances(words, shards, retired))
 
     def _hindrances(self, words: Sequence[Word] | None, shards: int, retired: Collection[int]) -> list[str]:
         found = []
-        if beyond := [shard for shard in sorted(self._postings.segments) if shard >= shards and shard not in retired]:
+        if beyond := [shard for shard in sorted(self.postings.segments) if shard >= shards and shard not in retired]:
             return [
                 f"the archive has entries of shard {beyond[-1]}, and the store has {shards}: set [store] shards; or, if"
                 " they are of a store that is gone, and all of it was exported, go on with"
@@ -120,7 +121,7 @@ class Closing:
             archived = self._last_archived(shard)
             word = words[shard] if words is not None else None
             if word is not None and word.clock_ms < self.month.end_ms:
-                end = f"{self._end()} ([billing] tz {self._postings.tz!r})"
+                end = f"{self._end()} ([billing] tz {self.postings.tz!r})"
                 return [f"{self.month.label} is not over: it ends at {end}"]
             if archived[1] >= self.month.end_ms or (word is not None and archived[0] >= word.last):
                 continue
@@ -137,11 +138,11 @@ class Closing:
 
     def _end(self) -> str:
         """The first moment behind the month, on the clocks of its zone."""
-        return datetime.fromtimestamp(self.month.end_ms // 1000, zone(self._postings.tz)).isoformat(timespec="minutes")
+        return datetime.fromtimestamp(self.month.end_ms // 1000, zone(self.postings.tz)).isoformat(timespec="minutes")
 
     def _last_archived(self, shard: int) -> tuple[int, int]:
         """Number of the last archived entry of a shard, and when it was booked."""
-        segments = self._postings.segments.get(shard)
+        segments = self.postings.segments.get(shard)
         if not segments:
             return 0, 0
         query = f"SELECT booked_at FROM {self._files(segments[-1:])} WHERE n = {segments[-1].last}"
@@ -150,10 +151,10 @@ class Closing:
 
     def _unrated(self) -> list[str]:
         found = []
-        for shard in self._postings.unrated():
-            rated = self._postings.rated.get(shard)
+        for shard in self.postings.unrated():
+            rated = self.postings.rated.get(shard)
             end = (rated[-1].segment.epoch, rated[-1].segment.last) if rated else ("", 0)
-            behind = [one for one in self._postings.segments[shard] if (one.epoch, one.last) > end]
+            behind = [one for one in self.postings.segments[shard] if (one.epoch, one.last) > end]
             for segment in behind:
                 first = end[1] + 1 if segment.epoch == end[0] and segment.first <= end[1] else segment.first
                 query = f"SELECT max(n) FROM {self._files([segment])} WHERE n >= {first} AND booked_at < "
@@ -168,21 +169,21 @@ class Closing:
         Raises:
             IntegrityError: a shard's time goes back, or its files do not fit together.
         """
-        return self._postings.steady(lambda: self._drawn_up(closed_at_ms, proof))
+        return self.postings.steady(lambda: self._drawn_up(closed_at_ms, proof))
 
     def _drawn_up(self, closed_at_ms: int, proof: Proof) -> Close:
-        closes = [close for close in self._postings.closes if close.until_ms <= self.month.start_ms]
-        told = [self._shard(shard, segments) for shard, segments in sorted(self._postings.segments.items())]
+        closes = [close for close in self.postings.closes if close.until_ms <= self.month.start_ms]
+        told = [self._shard(shard, segments) for shard, segments in sorted(self.postings.segments.items())]
         qualities: dict[str, int] = {}
         for _, counts in told:
             for quality, count in counts.items():
                 qualities[quality] = qualities.get(quality, 0) + count
         totals = self._totals()
-        reposts = len(self._postings.reposts) if self.standing is None else self.standing.reposts
+        reposts = len(self.postings.reposts) if self.standing is None else self.standing.reposts
         return Close(
             schema=CLOSE_SCHEMA,
             period=self.month.label,
-            tz=self._postings.tz,
+            tz=self.postings.tz,
             from_ms=self.month.start_ms,
             until_ms=self.month.end_ms,
             closed_at_ms=closed_at_ms,
@@ -203,7 +204,7 @@ class Closing:
         query = (
             "SELECT currency, tenant, corrects, CAST(sum(posting) AS BIGINT),"
             " CAST(coalesce(sum(posting) FILTER (unpriced <> ''), 0) AS BIGINT),"
-            f" {sums} FROM ({self._postings.rows_sql()}) WHERE period = {label} GROUP BY ALL"
+            f" {sums} FROM ({self.postings.rows_sql()}) WHERE period = {label} GROUP BY ALL"
             " ORDER BY tenant, currency, corrects"
         )
         names = ("currency", "tenant", "corrects", "rows", "unpriced", *COSTS)
@@ -262,7 +263,7 @@ class Closing:
 
         By the time it was booked, or by how far a close went: a clock that was set back opens no closed period again.
         """
-        before = [close for close in self._postings.closes if close.until_ms <= self.month.start_ms]
+        before = [close for close in self.postings.closes if close.until_ms <= self.month.start_ms]
         begun, over = f"booked_at >= {self.month.start_ms}", f"booked_at >= {self.month.end_ms}"
         if before:
             begun = _behind(before[-1], segment)
