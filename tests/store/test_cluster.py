@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -15,6 +16,9 @@ import redis.asyncio
 from redis.cluster import RedisCluster
 
 from meterlib import AsyncMeter, Meter, StoreOptions
+from meterlib.billing.archive.archive import Archive
+from meterlib.billing.export.export import Export
+from meterlib.billing.export.trim import trim
 from tests.store.test_clients import KINDS, one_of_each, one_of_each_async
 from tests.store.test_clients import POLICY as PRESET
 from tests.store.topologies import Cluster, ask, slot_of_shard
@@ -211,6 +215,51 @@ def move_under_calls(face: str, cluster: Cluster, shards: range) -> None:
     assert {"MOVED", "ASK", "TRYAGAIN"} <= refusals(cluster)
     with Meter.connect(cluster.url, POLICY, options=OPTIONS) as meter:
         traffic.check(meter)
+
+
+class Exporting:
+    """Exports all shards and trims what is exported, again and again, until it is told to stop."""
+
+    def __init__(self, cluster: Cluster, path: Path) -> None:
+        self._url, self._path = cluster.url, path
+        self._over = threading.Event()
+        self.rounds = 0
+
+    def run(self) -> None:
+        """The loop; and one more round at the end."""
+        with Meter.connect(self._url, POLICY, options=OPTIONS, sweep_interval_ms=0) as meter, Archive(self._path) as to:
+            run, last = meter._driver.run, False
+            while not last:
+                last = self._over.is_set()
+                with Export([to], run) as export:
+                    results = [one for shard in range(meter.shards) for one in export.export(shard)]
+                assert not [one for one in results if one.problem or one.failure]
+                for shard in range(meter.shards):
+                    trim([to], run, shard, below=2**53 - 1, keep=1)
+                self.rounds += 1
+
+    def stop(self) -> None:
+        """Let it come to its end."""
+        self._over.set()
+
+
+def test_exports_go_on_while_slots_move(emptied: Cluster, tmp_path: Path) -> None:
+    """Finance: each entry is archived once, in order, though shards change nodes between two pages or under a trim."""
+    traffic, exporting = Traffic(), Exporting(emptied, tmp_path / "archive")
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(exporting.run)
+        try:
+            through("sync", emptied, traffic, lambda: move_shards(emptied, traffic, range(0, OPTIONS.shards, 4)))
+        finally:
+            exporting.stop()
+        running.result()
+
+    assert {"MOVED", "ASK"} <= refusals(emptied)
+    assert exporting.rounds >= 2, "one while they moved, and one behind"
+    with Archive(tmp_path / "archive") as archive:
+        entries = [list(archive.entries(shard)) for shard in archive.shards()]
+    assert [[*range(1, len(each) + 1)] for each in entries] == [[one.n for one in each] for each in entries]
+    assert Counter(traffic.done) == Counter((one.tenant, one.reservation_id) for each in entries for one in each)
 
 
 # ── Nodes that die ────────────────────────────────────────────────────────────────────────────────────────────────────
