@@ -49,6 +49,8 @@ T = TypeVar("T")
 READING = ("peek", "find")
 _HEAD = Struct(">4d").unpack_from
 _FORK = Struct(">5d").unpack_from
+_ADD_SINK = "#!lua flags=allow-oom\nreturn redis.call('SADD', KEYS[1], ARGV[1])"
+"""A server that is full has to be exported before it can be trimmed, perhaps for the first time of all."""
 _PREFIX = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 
 
@@ -174,8 +176,12 @@ class _Calls:
 
     def sinks_commands(self, command: KnownSinks) -> list[tuple[Value, ...]]:
         key = sinks_key(self.options.prefix)
-        changes = [(verb, key, name) for verb, name in (("SADD", command.add), ("SREM", command.drop)) if name]
-        return [*changes, ("SMEMBERS", key)]
+        told: list[tuple[Value, ...]] = [("SMEMBERS", key)]
+        if command.drop:
+            told.insert(0, ("SREM", key, command.drop))
+        if command.add:
+            told.insert(0, ("SADD", key, command.add) if self._plain else ("EVAL", _ADD_SINK, 1, key, command.add))
+        return told
 
     def head_commands(self, shard: int) -> tuple[tuple[Value, ...], ...]:
         state, leases, _, ledger, _ = self._names[shard]

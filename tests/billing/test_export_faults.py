@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 import meterlib
-from tests.billing.exporting import Books
+from meterlib.cli import main
+from meterlib.errors import StoreRefused
+from tests.billing.exporting import LEDGER, Books
 from tests.support.servers import Server, available, start_server
 
 ROOT = Path(meterlib.__file__).parent.parent
@@ -151,6 +153,27 @@ def test_a_full_disk_stops_the_export_and_leaves_whole_files(books: Books, size:
     assert {} == books.files()
     books.export()
     assert books.booked() == books.archived()
+
+
+def test_a_store_that_is_full_is_exported_and_trimmed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Operator: the way out of a store without memory is open, though nothing was ever exported from it before."""
+    with start_server(tmp_path / "server", "valkey") as server, server.client() as client:
+        books = Books(tmp_path, client, server.url)
+        books.book(10)
+        books.clock.advance(ms=25 * 3_600_000)
+        books.book()
+        client.config_set("maxmemory", "1mb")
+        with pytest.raises(StoreRefused, match="out of memory"):
+            books.meter.reserve("acme")
+        booked = books.booked()
+        words = ["--config", str(books.settings)]
+
+        assert 0 == main(["export", "run", "--no-rate", *words])
+        assert 0 == main(["export", "trim", "--keep", "1", *words])
+
+        books.close()
+        assert booked == books.archived()
+        assert 1 == client.xlen(LEDGER), capsys.readouterr()
 
 
 @pytest.mark.parametrize("broken", [1, 2, 3, 4])
