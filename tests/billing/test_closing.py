@@ -477,10 +477,14 @@ def test_calls_told_again_after_the_retention_are_told_of_until_they_are_correct
     for _ in range(2):
         ledgers.clock.advance(ms=25 * 3_600_000)
         meter.sweep()
+    meter.reserve("acme", attributes, reservation_id="twice", lease_ms=1000)  # the id is used for another call
+    ledgers.clock.advance(ms=2000)
+    meter.sweep()
+    assert "expired" == meter.settle("acme", "twice", usage, attributes=attributes).after
     late = meter.settle("acme", "expired", usage, attributes=attributes)
     assert ("late", "unknown") == (late.kind, late.after), "and it is in it once"
     ledgers.clock.advance(ms=40 * 24 * 3_600_000)
-    meter.record("acme", attributes, usage, record_id="november")
+    meter.record("acme", attributes, usage, record_id="once")  # which is for November's close to tell
     ledgers.rate()
 
     assert 3 == main([*words, "--strict"])

@@ -245,6 +245,45 @@ def test_a_call_that_a_lost_fork_had_moved_keeps_its_exported_number(books: Forg
     assert (None, 3) == (books.export().problem, len(books.archived()))
 
 
+def test_entries_that_two_lost_forks_had_moved_are_known_by_both_numbers(books: ForgetfulBooks) -> None:
+    """In a row in the store, they are apart in the archive."""
+    books.book(4)
+    books.export()
+    books.client.flushall()
+    books.clock.advance(ms=1000)
+    books.book(1)
+    books.meter.adjust(books.booked()[0], {"input_tokens": -1}, "test", adjust_id="corrected")
+    books.remember()
+    books.fork()
+    books.book(2)
+    assert books.export().problem is None
+    books.lose()
+    books.meter.record("acme", {}, Usage(input_tokens=3), record_id="later")
+    books.remember()
+    books.fork()
+    assert books.export().problem is None
+    exported = books.archived()
+    assert [1, 2, 3, 4, 5, 6, 7, 8, 9] == [entry.n for entry in exported]
+    assert ("0:5", "corrected", "later") == (
+        exported[5].adjusts,
+        exported[5].reservation_id,
+        exported[8].reservation_id,
+    )
+    books.lose()
+
+    assert 0 == books.fork().moved
+
+    assert books.export().problem is None
+    assert exported == books.archived()
+    assert 9 == books.meter.record("acme", {}, Usage(input_tokens=3), record_id="later").n
+    assert (
+        6
+        == books.meter.adjust(
+            msgspec.structs.replace(exported[4], n=1), {"input_tokens": -1}, "test", adjust_id="corrected"
+        ).n
+    )
+
+
 @pytest.mark.parametrize("corrected", [4, 3])
 def test_a_correction_moves_with_the_entry_that_it_corrects(books: ForgetfulBooks, corrected: int) -> None:
     """It is booked by the number that its entry has in the store; one that stays where it is stays named as it is."""
