@@ -8,11 +8,14 @@ import os
 import re
 import signal
 import socket
+import ssl
 import stat
 import sys
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ import pytest
 pytest.importorskip("aiohttp", reason="needs meterlib[gateway]")
 
 import aiohttp
+import trustme
 
 from meterlib.cli import main
 from meterlib.config import Config
@@ -123,6 +127,48 @@ def run(play: Callable[[Provider], Awaitable[None]]) -> None:
             await play(provider)
 
     asyncio.run(play_it())
+
+
+class Https(BaseHTTPRequestHandler):
+    """A provider that answers every call alike."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        answer = b'{"type": "message", "usage": {"input_tokens": 1, "output_tokens": 1}}'
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_: object) -> None:
+        """It is quiet."""
+
+
+def test_a_provider_whose_certificate_is_of_an_authority_of_ones_own(tmp_path: Path) -> None:
+    """It is trusted where SSL_CERT_FILE says so; where nothing does, no call is sent, and the log says why."""
+    authority, tls = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(tls)
+    authority.cert_pem.write_to_path(str(tmp_path / "authority.pem"))
+
+    async def play(url: str) -> None:
+        async with gateway(tmp_path, "--upstream", url, SSL_CERT_FILE=str(tmp_path / "authority.pem")) as process:
+            assert [200, 200] == [await status(process.url, "sk-ant-one") for _ in range(2)]
+        async with gateway(tmp_path, "--upstream", url) as process:
+            assert 502 == await status(process.url, "sk-ant-one")
+            await process.says("certificate verify failed")
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Https) as server:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
+        serving = threading.Thread(target=server.serve_forever)
+        serving.start()
+        try:
+            asyncio.run(asyncio.wait_for(play(f"https://127.0.0.1:{server.server_port}"), 2 * PATIENCE_S))
+        finally:
+            server.shutdown()
+            serving.join()
 
 
 # ── Starting ──────────────────────────────────────────────────────────────────────────────────────────────────────────
