@@ -28,6 +28,13 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     return report
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A soak may take as long as it is told to, and what comes before and behind it."""
+    for item in items:
+        if item.get_closest_marker("soak"):
+            item.add_marker(pytest.mark.timeout(300 + 20 * soak_seconds()))
+
+
 @pytest.fixture(autouse=True)
 def logs_set_up_by_nobody() -> Iterator[None]:
     """A test that captures logs leaves structlog set up; the next one finds it as a new process does."""

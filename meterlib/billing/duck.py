@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from errno import EIO, ENOSPC
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from meterlib.errors import UsageError
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 MEMORY_MAX = "512MB"
 _FILE = re.compile(r'file \\?"([^"\\]+)')
+_OPEN: WeakSet[DuckDBPyConnection] = WeakSet()
 
 
 def connect(scratch: Path | None = None) -> DuckDBPyConnection:
@@ -38,7 +40,19 @@ def connect(scratch: Path | None = None) -> DuckDBPyConnection:
         "autoload_known_extensions": False,
         "temp_directory": str(scratch) if scratch else "",
     }
-    return duckdb.connect(":memory:", config=settings)
+    connection = duckdb.connect(":memory:", config=settings)
+    _OPEN.add(connection)
+    return connection
+
+
+def interrupt() -> None:
+    """Queries that run now end with an error.
+
+    For whoever handles Ctrl-C: DuckDB notices that by itself, but then waits until its other threads are through with
+    what they are at, which may be the whole query (seen with 2.0.0).
+    """
+    for connection in list(_OPEN):
+        connection.interrupt()
 
 
 def failure() -> type[Exception]:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import FrameType
 from typing import Any, NamedTuple, TextIO
 
 import msgspec
 
+from meterlib.billing import duck
 from meterlib.billing.archive.archive import Archive
 from meterlib.billing.focus.focus import Focus, check_issuer, write_billing_periods, write_focus
 from meterlib.billing.page.facts import facts
@@ -55,6 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         bundles.check_place_of(Path(arguments.bundle))
     with (
         _errors_of_options(),
+        _ctrl_c_ends_queries(),
         Archive(path) as archive,
         TemporaryDirectory(prefix="meterlib-report-") as scratch,
         Phases() as phases,
@@ -81,6 +86,25 @@ def _errors_of_options() -> Iterator[None]:
         if "interrupted" in str(error).lower():  # as DuckDB calls Ctrl-C
             raise KeyboardInterrupt from None
         raise
+
+
+@contextmanager
+def _ctrl_c_ends_queries() -> Iterator[None]:
+    """Whichever of DuckDB's threads is at it. A process that runs this inside, and handles Ctrl-C itself, does that."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        duck.interrupt()
+        signal.default_int_handler(number, frame)
+
+    in_front = threading.current_thread() is threading.main_thread()  # which alone may say what a signal does
+    if not in_front or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _live(arguments: argparse.Namespace) -> int:

@@ -157,8 +157,9 @@ from pathlib import Path
 from meterlib.cli import main, progress, report_archive
 progress.PATIENCE_S, progress.TICK_S = -1, 0.01
 progress.time = types.SimpleNamespace(monotonic=itertools.count().__next__)
-def endless(reader, *_):
-    reader.connection.execute("SELECT sum(hash(a.range * b.range)) FROM range(9999999) a, range(9999999) b").fetchall()
+def endless(reader, *_):  # for each of DuckDB's threads
+    each = [f"SELECT hash(a.range * b.range + {at}) h FROM range(9999999) a, range(9999999) b" for at in range(4)]
+    reader.connection.execute(f"SELECT max(h) FROM ({' UNION ALL '.join(each)})").fetchall()
 report_archive.usage_report = endless
 folder = Path(sys.argv[1])
 sys.exit(main(["report", "usage", "--output", str(folder / "never.txt"), "--config", str(folder / "meterlib.toml")]))
@@ -169,7 +170,7 @@ def test_ctrl_c_at_the_terminal_ends_a_query_that_runs(folder: Path, tmp_path: P
     """At once, with one line, and with nothing left of what was begun."""
     before = files(folder)
     with (tmp_path / "out").open("wb") as out, AtTerminal(ENDLESS, [str(folder)], out=out, TMPDIR=str(tmp_path)) as it:
-        it.wait_for("going through 626 entries")
+        it.wait_for(r"going through 626 entries, \d+ s", times=50)  # when all threads of the query are at it
         it.press(CTRL_C)
         code, screen = it.ended()
 
