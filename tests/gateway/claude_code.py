@@ -252,6 +252,7 @@ class Relay:
         task = asyncio.get_running_loop().create_task(self._join(near[0], near[1]))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: near[1].close())  # one that is cancelled before it begins does nothing itself
 
     async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writers = [writer]
@@ -272,6 +273,7 @@ class Relay:
         finally:
             for each in writers:
                 each.close()
+            for each in writers:
                 with suppress(OSError):
                     await each.wait_closed()
 

@@ -184,6 +184,7 @@ class Provider:
         task = asyncio.get_running_loop().create_task(self._serve(connection))
         self._serving.add(task)
         task.add_done_callback(self._served)
+        task.add_done_callback(lambda _: writer.transport.abort())  # one that is cancelled before it begins leaves it
 
     def _served(self, task: asyncio.Task[None]) -> None:
         self._serving.discard(task)
