@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 from meterlib.billing.archive.archive import Archive
 from meterlib.billing.archive.sinks import Sink
@@ -23,6 +21,7 @@ from meterlib.cli.options import add_archive, add_config, add_json, whole_number
 from meterlib.cli.progress import Phases, Progress
 from meterlib.cli.rate import document_of, line_of, rate_archive
 from meterlib.cli.sinks import check_none_is_missing, opened_sinks
+from meterlib.cli.stopping import Stopping
 from meterlib.cli.store import Store, opened
 from meterlib.cli.tables import Column, print_table
 from meterlib.config import Config
@@ -178,71 +177,61 @@ def _run(archive: Archive, sinks: list[Sink[Any]], config: Config, arguments: ar
         gaps=frozenset(arguments.accept_gap),
         aside=frozenset(arguments.set_aside),
     )
+    with opened(config, arguments.config) as store, Stopping() as stopping:
 
-    def rate() -> Rated:
-        return Rated() if arguments.no_rate else rate_archive(archive, config)
+        def rate() -> Rated:
+            return Rated() if arguments.no_rate else rate_archive(archive, config, stopping.check)
 
-    with opened(config, arguments.config) as store, _stopped_by_signals():
+        run = _Run(store, sinks, accepted, rate, arguments.json, stopping.check)
         if not arguments.follow:
-            return _export(store, sinks, accepted, arguments.json, rate)
+            return _export(run)
         try:
-            return _follow(store, sinks, accepted, arguments, rate)
+            return _follow(run, stopping, max(1, arguments.every))
         except KeyboardInterrupt:  # which is how it ends
             return OK
 
 
-def _follow(
-    store: Store, sinks: list[Sink[Any]], accepted: Accepted, arguments: argparse.Namespace, rate: Callable[[], Rated]
-) -> int:
+class _Run(NamedTuple):
+    """What an export needs; `check` raises KeyboardInterrupt once somebody wants it to end."""
+
+    store: Store
+    sinks: list[Sink[Any]]
+    accepted: Accepted
+    rate: Callable[[], Rated]
+    as_json: bool
+    check: Callable[[], None]
+
+
+def _follow(run: _Run, stopping: Stopping, pause_s: int) -> int:
     """Export again and again, whoever is down meanwhile; until ledger and sinks do not agree."""
     while True:
         try:
-            code = _export(store, sinks, accepted, arguments.json, rate, quiet=True)
+            code = _export(run, quiet=True)
         except StoreUnavailable as error:
             print(f"meterlib: {error}", file=sys.stderr)
             code = FAILURE
         if code not in (OK, FAILURE):
             return code
         if code == FAILURE:
-            print(f"meterlib: trying again in {arguments.every} s", file=sys.stderr)
-        threading.Event().wait(max(1, arguments.every))
+            print(f"meterlib: trying again in {pause_s} s", file=sys.stderr)
+        stopping.sleep(pause_s)
 
 
-@contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """SIGTERM ends it as Ctrl-C does, so that temporary files are removed."""
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():  # which alone may say what a signal does
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _export(
-    store: Store,
-    sinks: list[Sink[Any]],
-    accepted: Accepted,
-    as_json: bool,
-    rate: Callable[[], Rated],
-    quiet: bool = False,
-) -> int:
+def _export(run: _Run, quiet: bool = False) -> int:
     """One export of all shards, and the rating; the exit code. With `quiet`, only what was new is printed."""
+    store, sinks, as_json = run.store, run.sinks, run.as_json
     shards = range(store.shards)
     total = sum(_waiting(store, sink, shard) for sink in sinks for shard in shards)
     with (
-        Progress("exporting entries", total) as progress,
-        Export(sinks, store.run, accepted=accepted, advance=progress.advance) as export,
+        Progress("exporting entries", total, run.check) as progress,
+        Export(sinks, store.run, accepted=run.accepted, advance=progress.advance) as export,
     ):
-        by_shard = [export.export(shard) for shard in shards]
+        by_shard = []
+        for shard in shards:
+            run.check()
+            by_shard.append(export.export(shard))
     by_sink = [list(exported) for exported in zip(*by_shard, strict=True)]
-    rated, trouble = _rated(rate)
+    rated, trouble = _rated(run.rate)
     if as_json:
         print(json.dumps(_run_document(by_sink) | document_of(rated)), flush=True)
     for exported in by_sink:

@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
@@ -15,11 +16,18 @@ TICK_S = 0.5
 
 
 class Progress:
-    """Counts entries up to `total`; nothing is shown where nobody watches, or when it is over at once."""
+    """Counts entries up to `total`; nothing is shown where nobody watches, or when it is over at once.
 
-    def __init__(self, what: str, total: int = 0) -> None:
+    Args:
+        what: is done to them.
+        total: how many there are.
+        check: is called as it goes; what it raises ends the work.
+    """
+
+    def __init__(self, what: str, total: int = 0, check: Callable[[], None] = lambda: None) -> None:
         self._what = what
         self._total = total
+        self._check = check
         self._done = 0
         self._since_s = time.monotonic()
         self._shown: Any = None
@@ -34,6 +42,7 @@ class Progress:
 
     def advance(self, count: int = 1) -> None:
         """So many more are done."""
+        self._check()
         before, self._done = self._done, self._done + count
         often = before // 500 != self._done // 500
         if self._watched and often and time.monotonic() - self._since_s > PATIENCE_S:

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
@@ -94,14 +95,17 @@ def _rate(archive: Archive, config: Config, arguments: argparse.Namespace) -> in
     return OK
 
 
-def rate_archive(archive: Archive, config: Config) -> Rated:
-    """Rate what of an archive is not rated yet, by the settings."""
+def rate_archive(archive: Archive, config: Config, check: Callable[[], None] = lambda: None) -> Rated:
+    """Rate what of an archive is not rated yet, by the settings; `check` is called as it goes, and may end it."""
     done = Rated()
     waiting = sum(Postings(archive, config.billing.tz).unrated().values())
     if not waiting:
         return done
     prices = prices_of(config, books_of(config.billing))
-    with Progress("rating entries", waiting) as progress, Rater(archive, prices, advance=progress.advance) as rater:
+    with (
+        Progress("rating entries", waiting, check) as progress,
+        Rater(archive, prices, advance=progress.advance) as rater,
+    ):
         for shard in archive.shards():
             done = done.plus(rater.rate(shard))
     return done

@@ -19,6 +19,7 @@ from tests.billing.exporting import LEDGER
 from tests.billing.test_postgres import PostgresBooks
 from tests.support.commands import Ran, runner
 from tests.support.postgres import PASSWORD, PostgresServer
+from tests.support.processes import line_with, running
 from tests.support.servers import Server
 
 ROOT = Path(meterlib.__file__).parent.parent
@@ -247,25 +248,20 @@ def test_following_outlives_its_database(books: PostgresBooks, monkeypatch: pyte
         books.server = server
         books.book(2)
         command = [sys.executable, "-u", "-m", "meterlib", "export", "run", "--follow", "--every", "1"]
-        with subprocess.Popen(
+        with running(
             [*command, "--config", str(books.settings)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
             cwd=ROOT,
             env=os.environ | {"METERLIB_TEST_POSTGRES": server.secret_url},
         ) as following:
             assert following.stdout is not None
-            assert following.stderr is not None
             assert ["exported 2", "exported 2"] == [following.stdout.readline()[:10] for _ in range(2)]
             server.stop()
             books.book(1)
-            while "trying again" not in following.stderr.readline():
-                pass
+            line_with("trying again", following.stderr)
             server.start()
-            shown = ""
-            while "PostgreSQL" not in shown:
-                shown = following.stdout.readline()
+            line_with("PostgreSQL", following.stdout)
             following.send_signal(signal.SIGTERM)
             assert PASSWORD not in following.communicate(timeout=30)[1]
             assert 0 == following.returncode

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from meterlib.store.journal import Journal
 from meterlib.store.keys import LAYOUT_VERSION, shard_keys, shard_of
 from meterlib.testing import Clock
 from tests.support.commands import Ran, Run, runner
+from tests.support.processes import running
 from tests.support.servers import Server
 
 SETTINGS = """\
@@ -927,11 +929,11 @@ def test_no_command_at_all_shows_the_help(capsys: pytest.CaptureFixture[str]) ->
 
 def started(
     words: Sequence[str], folder: Path, environment: dict[str, str] | None = None, **options: Any
-) -> subprocess.Popen[str]:
+) -> AbstractContextManager[subprocess.Popen[str]]:
     command = [sys.executable, "-W", "error", "-m", "meterlib", *words]
     root = str(Path(meterlib.__file__).parent.parent)
     environment = os.environ | {"PYTHONPATH": root} | (environment or {})
-    return subprocess.Popen(command, cwd=folder, text=True, env=environment, stderr=subprocess.PIPE, **options)
+    return running(command, cwd=folder, env=environment, stderr=subprocess.PIPE, **options)
 
 
 def test_a_reader_that_has_seen_enough_ends_a_command_quietly(meter: Meter, tmp_path: Path) -> None:

