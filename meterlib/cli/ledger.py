@@ -41,6 +41,9 @@ tokens, and the reservation's id. With --json each is one JSON object a line:
 shard, n, kind, reservation_id, tenant, attributes, funding, usage (in the Claude
 API's own names), quality, reserved_at and booked_at (ms since 1970), …
 """
+TOLD_FROM_MS = 500
+"""A fork that keeps the server busy for longer is told beforehand."""
+
 FORK_HELP = """\
 When a server lost its last entries (a crash, a failover, a restored backup), the
 export of that shard stops: the archive has entries that the store has not, and
@@ -203,21 +206,27 @@ def _print_loss(loss: Loss) -> None:
         told = ", ".join(loss.twice[:5]) + (", …" if len(loss.twice) > 5 else "")
         print(f"\n{len(loss.twice):,} reservations are on either side, and would be billed twice: {told}")
         print("look at them once this is done, and book a correction (adjust) of one entry of each")
+    if loss.move_ms >= TOLD_FROM_MS:
+        print(f"\nmeanwhile the server answers nobody else: for about {loss.move_ms / 1000:.0f} s")
     print()
 
 
 def _print_side(what: str, shard: int, side: Side) -> None:
     numbers = f", {shard}:{side.first}-{side.last}" if side.count else ""
-    print(f"\n{side.count:,} {'entry' if side.count == 1 else 'entries'} {what}{numbers}")
+    print(f"\n{side.count:,} {_entries(side.count)} {what}{numbers}")
     for entry in side.shown:
         print(f"  {line_of(entry)}")
     if side.count > len(side.shown):
         print("  …")
 
 
+def _entries(count: int) -> str:
+    return "entry" if count == 1 else "entries"
+
+
 def _fork_line(loss: Loss, begun: NewEpoch) -> str:
-    last = begun.first + begun.moved - 1
-    moved = f"; {begun.moved:,} entries are {loss.shard}:{begun.first}-{last} now" if begun.moved else ""
+    numbers = f"{loss.shard}:{begun.first}-{begun.first + begun.moved - 1}"
+    moved = f"; moved to {numbers}: {begun.moved:,} {_entries(begun.moved)}" if begun.moved else ""
     return f"shard {loss.shard} goes on as epoch {begun.epoch}, from number {begun.first} on{moved}"
 
 

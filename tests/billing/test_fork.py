@@ -7,24 +7,26 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from meterlib import LedgerEntry, Usage
+from meterlib import LedgerEntry, Meter, StoreOptions, Usage
 from meterlib.billing.archive.archive import Archive
 from meterlib.billing.export.export import Accepted, Exporter
 from meterlib.billing.export.fork import Loss, fork, loss_of
 from meterlib.billing.export.trim import trim
 from meterlib.cli import main
 from meterlib.core.ledger import encode
-from meterlib.errors import IntegrityError, StoreRefused
+from meterlib.errors import IntegrityError, StoreRefused, StoreUnavailable
 from meterlib.store.flows import NewEpoch
-from tests.billing.exporting import Books
+from tests.billing.exporting import POLICY, Books
 from tests.support.servers import Server, available, start_server
 
+IMPATIENT = StoreOptions(shards=1, timeout_ms=50, deadline_ms=60)
 AOF = Path("appendonlydir") / "appendonly.aof.1.incr.aof"
 
 
@@ -352,6 +354,44 @@ def test_two_who_decide_at_once_begin_one_epoch(books: ForgetfulBooks) -> None:
     assert 5 == len(books.archived())
 
 
+def test_a_fork_of_many_entries_is_waited_for(books: ForgetfulBooks, valkey: Server) -> None:
+    """Operator: the server answers nobody while it moves them, and then says that it was done."""
+    books.block = 5000
+    books.book(2)
+    books.export()
+    books.client.flushall()
+    books.clock.advance(ms=1000)
+    books.book(3000)
+    loss = books.loss()
+    assert loss is not None
+    assert 180 == loss.move_ms
+
+    before = books.client.config_get("lua-time-limit")
+    books.client.config_set("lua-time-limit", 1)  # from when on others are told that it is busy
+    try:
+        with Meter.connect(valkey.url, POLICY, options=IMPATIENT, clock=books.clock, sweep_interval_ms=0) as meter:
+            assert 3000 == fork(loss, meter._driver.run).moved
+    finally:
+        books.client.config_set("lua-time-limit", before["lua-time-limit"])
+    assert (None, 3002) == (books.export().problem, len(books.archived()))
+
+
+def test_a_fork_that_is_told_of_no_answer_for_too_long_says_so(books: ForgetfulBooks) -> None:
+    """Operator: a server that is down is not taken for a busy one."""
+    forgetful(books)
+    loss = books.loss()
+    assert loss is not None
+    tries = []
+
+    def down(flow: Any) -> Any:
+        tries.append(flow)
+        raise StoreUnavailable("fork", "nobody there")
+
+    with pytest.raises(StoreUnavailable):
+        fork(loss, down)
+    assert 1 == len(tries)
+
+
 def test_an_exporter_that_is_behind_the_fork_takes_over_what_it_lacks(books: ForgetfulBooks, tmp_path: Path) -> None:
     """An archive without the lost entries does not go on as if there had been none."""
     books.book(4)
@@ -554,7 +594,7 @@ def test_the_command_shows_what_is_lost_and_asks(
     monkeypatch.setattr(sys, "stdin", Terminal("yes\n"))
     assert 0 == main(words)
 
-    assert "from number 7 on; 1 entries are 0:7-7 now" in capsys.readouterr().out
+    assert "from number 7 on; moved to 0:7-7: 1 entry" in capsys.readouterr().out
     assert books.export().problem is None
     assert 2 == main(words), "there is nothing to be forked any more"
 
