@@ -6,6 +6,7 @@
 -- Statuses by precedence: repeated (forked from there already), changed (the ledger is of another epoch than whoever
 -- decided has seen), forked. One operation a call. Replies: {status, now, …}
 --   repeated, forked: epoch, first, moved (see FORK)
+-- flags: allow-oom
 
 -- @include shard
 -- @include window

@@ -599,6 +599,52 @@ def test_the_command_shows_what_is_lost_and_asks(
     assert 2 == main(words), "there is nothing to be forked any more"
 
 
+def test_what_is_lost_while_somebody_reads_is_looked_at_first(
+    books: ForgetfulBooks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Finance: by what was seen before, entries of the second loss's time would have been taken for exported ones."""
+    books.book(2)
+    books.remember()
+    far, books.kept = books.kept, {}
+    books.book(4)
+    books.remember()
+    books.book(2)
+    books.export()
+    books.lose()
+    books.book(1)
+
+    class Slow(Terminal):
+        def readline(self, *_: Any) -> Any:
+            books.kept = far
+            books.lose()
+            books.book(3)
+            return "yes\n"
+
+    words = ["ledger", "fork", "--shard", "0", "--config", str(books.settings)]
+    monkeypatch.setattr(sys, "stdin", Slow())
+    assert 1 == main(words)
+    assert "changed meanwhile" in capsys.readouterr().err
+    came = [content(one) for one in books.booked()[2:]]
+    monkeypatch.setattr(sys, "stdin", Terminal("yes\n"))
+    assert 0 == main(words)
+    assert books.export().problem is None
+    assert came == [content(one) for one in books.archived()[8:]]
+
+
+@pytest.mark.parametrize("kind", ["valkey", "redis"])
+def test_a_full_store_is_forked(tmp_path: Path, kind: str) -> None:
+    """Operator: until it is, nothing is exported, and so nothing can be trimmed to make room."""
+    if reason := available(kind):
+        pytest.skip(reason)
+    with start_server(tmp_path / "server", kind) as server, server.client() as client:
+        books = ForgetfulBooks(tmp_path, client, server.url)
+        forgetful(books)
+        client.config_set("maxmemory", 1)
+        assert 1 == books.fork().moved
+        assert books.export().problem is None
+        books.close()
+
+
 def test_a_script_forks_with_yes_and_reads_json(books: ForgetfulBooks, capsys: pytest.CaptureFixture[str]) -> None:
     """The outcome, for programs."""
     forgetful(books)

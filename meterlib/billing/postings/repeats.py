@@ -39,9 +39,10 @@ def _repeats_of(postings: Postings, from_ms: int, until_ms: int) -> list[Repeat]
         return []
     entries = postings.entries_sql()
     told_again = ["kind = 'recorded'", "kind = 'late' AND after = 'unknown'"]
-    # Of one epoch, no store settles a call twice. After a loss, what it had settled may be open again.
+    # Of one epoch, no store settles a call twice. After a loss, what it had settled may be open again; or have expired
+    # again, or have been cancelled, so that its settlement is late.
     told_again += [
-        f"kind = 'settled' AND shard = {shard} AND epoch > {duck.quoted(segments[0].epoch)}"
+        f"kind IN ('settled', 'late') AND shard = {shard} AND epoch > {duck.quoted(segments[0].epoch)}"
         for shard, segments in postings.segments.items()
         if segments and segments[0].epoch != segments[-1].epoch
     ]
@@ -63,4 +64,9 @@ def _repeats_of(postings: Postings, from_ms: int, until_ms: int) -> list[Repeat]
         QUALIFY row_number() OVER (PARTITION BY a.epoch, a.shard, a.n ORDER BY u.epoch DESC, u.n DESC) = 1
         ORDER BY a.shard, a.epoch, a.n
     """
-    return [Repeat(*row) for row in postings.archive.database().execute(query).fetchall()]
+    database = duck.connect(postings.archive.work().folder)  # a month's ids may be more than fits into memory
+    try:
+        with duck.disk_errors():
+            return [Repeat(*row) for row in database.execute(query).fetchall()]
+    finally:
+        database.close()
