@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from errno import EIO, ENOSPC
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 MEMORY_MAX = "512MB"
 _FILE = re.compile(r'file \\?"([^"\\]+)')
-_OPEN: WeakSet[DuckDBPyConnection] = WeakSet()
+_MADE: WeakSet[DuckDBPyConnection] = WeakSet()
 
 
 def connect(scratch: Path | None = None) -> DuckDBPyConnection:
@@ -41,7 +41,7 @@ def connect(scratch: Path | None = None) -> DuckDBPyConnection:
         "temp_directory": str(scratch) if scratch else "",
     }
     connection = duckdb.connect(":memory:", config=settings)
-    _OPEN.add(connection)
+    _MADE.add(connection)
     return connection
 
 
@@ -51,8 +51,9 @@ def interrupt() -> None:
     For whoever handles Ctrl-C: DuckDB notices that by itself, but then waits until its other threads are through with
     what they are at, which may be the whole query (seen with 2.0.0).
     """
-    for connection in list(_OPEN):
-        connection.interrupt()
+    for connection in list(_MADE):
+        with suppress(failure()):  # it is closed, and somebody still holds it
+            connection.interrupt()
 
 
 def failure() -> type[Exception]:

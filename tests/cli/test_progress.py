@@ -151,19 +151,25 @@ def test_results_on_the_same_terminal_begin_on_a_line_of_their_own(folder: Path)
 # ── Ctrl-C ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 # A report whose query never ends, in DuckDB itself; its clock goes on by a second whenever it is read.
-ENDLESS = """
-import itertools, sys, types
+TAKES_LONG = """
+import itertools, sys, time, types
 from pathlib import Path
 from meterlib.cli import main, progress, report_archive
 progress.PATIENCE_S, progress.TICK_S = -1, 0.01
 progress.time = types.SimpleNamespace(monotonic=itertools.count().__next__)
-def endless(reader, *_):  # for each of DuckDB's threads
-    each = [f"SELECT hash(a.range * b.range + {at}) h FROM range(9999999) a, range(9999999) b" for at in range(4)]
-    reader.connection.execute(f"SELECT max(h) FROM ({' UNION ALL '.join(each)})").fetchall()
-report_archive.usage_report = endless
+def report(reader, *_):
+%s
+report_archive.usage_report = report
 folder = Path(sys.argv[1])
 sys.exit(main(["report", "usage", "--output", str(folder / "never.txt"), "--config", str(folder / "meterlib.toml")]))
 """
+# A part of the query for each of DuckDB's threads.
+QUERY = """\
+    each = [f"SELECT hash(a.range * b.range + {at}) h FROM range(9999999) a, range(9999999) b" for at in range(4)]
+    reader.connection.execute(f"SELECT max(h) FROM ({' UNION ALL '.join(each)})").fetchall()
+"""
+ENDLESS = TAKES_LONG % QUERY
+CLOSED = TAKES_LONG % "    reader.connection.close(); time.sleep(60)"
 
 
 def test_ctrl_c_at_the_terminal_ends_a_query_that_runs(folder: Path, tmp_path: Path) -> None:
@@ -177,6 +183,16 @@ def test_ctrl_c_at_the_terminal_ends_a_query_that_runs(folder: Path, tmp_path: P
     assert (130, ["meterlib: interrupted"]) == (code, [line.removeprefix("^C") for line in screen.lines if line])
     assert files(folder) == before
     assert ["out"] == [path.name for path in tmp_path.iterdir()]
+
+
+def test_ctrl_c_behind_the_last_query_is_no_error(folder: Path, tmp_path: Path) -> None:
+    """What was closed has nothing left to be interrupted."""
+    with (tmp_path / "out").open("wb") as out, AtTerminal(CLOSED, [str(folder)], out=out, TMPDIR=str(tmp_path)) as it:
+        it.wait_for(r"going through 626 entries, \d+ s", times=50)
+        it.press(CTRL_C)
+        code, screen = it.ended()
+
+    assert (130, ["meterlib: interrupted"]) == (code, [line.removeprefix("^C") for line in screen.lines if line])
 
 
 def files(folder: Path) -> dict[str, bytes]:
