@@ -170,12 +170,7 @@ def test_a_flushed_store_goes_on_behind_what_was_exported(books: ForgetfulBooks)
 
 def test_a_fork_that_is_lost_itself_is_made_again(books: ForgetfulBooks) -> None:
     """A server that goes back behind its own fork: its epoch comes after every one that was exported."""
-    books.book(4)
-    books.remember()
-    books.book(2)
-    books.export()
-    books.lose()
-    books.book(1)
+    forgetful(books)
     first = books.fork()
     books.book(2)
     assert books.export().problem is None
@@ -605,13 +600,8 @@ def test_what_is_lost_while_somebody_reads_is_looked_at_first(
     """Finance: by what was seen before, entries of the second loss's time would have been taken for exported ones."""
     books.book(2)
     books.remember()
-    far, books.kept = books.kept, {}
-    books.book(4)
-    books.remember()
-    books.book(2)
-    books.export()
-    books.lose()
-    books.book(1)
+    far = books.kept
+    forgetful(books)
 
     class Slow(Terminal):
         def readline(self, *_: Any) -> Any:

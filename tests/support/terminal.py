@@ -119,8 +119,8 @@ class AtTerminal:
     def _read(self, enough: Callable[[], bool]) -> None:
         deadline_s = time.monotonic() + PATIENCE_S
         while not enough():
-            left_s = max(0.0, deadline_s - time.monotonic())
-            if not select.select([self._master], [], [], left_s)[0]:
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0 or not select.select([self._master], [], [], left_s)[0]:
                 raise TimeoutError(self._seen.decode(errors="replace"))
             try:
                 piece = os.read(self._master, 65536)
