@@ -7,6 +7,7 @@
 
 -- @include shard
 -- @include limit
+-- @include times
 -- @include reservation
 
 local OPERATION = '>s'

@@ -10,7 +10,9 @@
 
 -- @include shard
 -- @include window
+-- @include windows
 -- @include limit
+-- @include times
 -- @include reservation
 -- @include ledger
 

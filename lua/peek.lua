@@ -5,6 +5,7 @@
 
 -- @include shard
 -- @include window
+-- @include windows
 
 local OPERATION = '>d'                  -- then so many limits
 --   limit_count      int   how many limits follow

@@ -14,15 +14,6 @@ local OPERATION = '>sdd'                -- then so many limits, then the payload
 --   lease_ms         ms    how long it may stay unsettled
 --   limit_count      int   how many limits follow
 
--- passes, or why not: the quota is used up for now, or the amount can never fit.
-local function verdict_of(window, amount, quota, oversize)
-  local used = window.settled + window.held
-  if used + amount <= quota then return 'passes' end
-  if amount <= quota then return 'quota' end
-  if quota == 0 or oversize == 'reject' then return 'oversize' end
-  return used == 0 and 'passes' or 'quota'
-end
-
 for position = 2, #ARGV do
   local operation = ARGV[position]
   local field, _, limit_count, at = from_bytes(OPERATION, operation)
@@ -32,8 +23,27 @@ for position = 2, #ARGV do
     fields[#fields + 1], at = window_field, at + limit_size
   end
 end
-local writes, following, close_books = true, nil, nil
--- @include open
+local writes = true
+-- @include look
+if #ARGV == 2 and due_ms > now_ms and not values[3] then
+  -- @include lone
+end
+
+-- The long way, for several reservations or whatever is unusual. Its functions are made only here.
+for at = 3, #fields do state[fields[at]] = values[at] end
+-- @include windows
+-- @include times
+
+-- passes, or why not: the quota is used up for now, or the amount can never fit.
+local function verdict_of(window, amount, quota, oversize)
+  local used = window.settled + window.held
+  if used + amount <= quota then return 'passes' end
+  if amount <= quota then return 'quota' end
+  if quota == 0 or oversize == 'reject' then return 'oversize' end
+  return used == 0 and 'passes' or 'quota'
+end
+
+local following, close_books
 if due_ms <= now_ms then
   -- Included here and not above, since calls that find nothing to expire shall not pay for it.
   -- @include reservation

@@ -8,7 +8,9 @@
 
 -- @include shard
 -- @include window
+-- @include windows
 -- @include limit
+-- @include times
 -- @include reservation
 -- @include ledger
 -- @include expire

@@ -24,7 +24,7 @@ _RECORD = re.compile(
     re.MULTILINE,
 )
 _VALUE = re.compile(r"^ *--   (?P<name>\w+) +(?P<kind>\w+) +(?P<meaning>\S.*)$", re.MULTILINE)
-_UNPACKING = re.compile(r"local ([\w,\s]+?)\s*= from_bytes\((CALL|OPERATION|LIMIT|PAYLOAD|UNIT|RENUMBERED),")
+_UNPACKING = re.compile(r"local ([\w,\s]+?)\s*=\s+from_bytes\((CALL|OPERATION|LIMIT|PAYLOAD|UNIT|RENUMBERED),")
 _FORMATS = {"str": "s", "hex": "s", "json": "s", "int": "d", "ms": "d"}
 _REPEATED = {
     "limits": ("LIMIT", "limit_count"),

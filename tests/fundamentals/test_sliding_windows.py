@@ -73,6 +73,21 @@ def test_each_of_many_entries_goes_at_its_own_moment(meter: Meter, clock: Clock,
         assert left == states()["tokens"].used
 
 
+@pytest.mark.parametrize(("early_ms", "used"), [(1, 111), (0, 11)])
+def test_who_is_admitted_is_told_what_counts_at_that_moment(
+    meter: Meter, clock: Clock, early_ms: int, used: int
+) -> None:
+    """Also where the last call stands in the same sub-window, to whose end the first one counts."""
+    meter.reserve("acme", usage=Usage(output_tokens=100))
+    clock.advance(ms=WINDOW_MS + 500)
+    meter.reserve("acme", usage=Usage(output_tokens=10))
+    clock.advance(ms=499 - early_ms)
+
+    (state,) = meter.reserve("acme", usage=Usage(output_tokens=1)).limits
+
+    assert used == state.used
+
+
 def test_usage_that_is_told_when_its_sub_window_just_slid_out_leaves_the_window_alone(
     meter: Meter, clock: Clock, states: States
 ) -> None:
