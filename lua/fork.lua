@@ -3,8 +3,8 @@
 -- Entries behind the last one that is as it was exported bear numbers that others have in the archive. They are facts
 -- all the same: they are numbered anew, behind every number that was ever given, and are of the new epoch. So a number
 -- is one entry's for ever, and corrections that name it cannot mean another.
--- Statuses by precedence: repeated (forked from there already), changed (the ledger is of another epoch than whoever
--- decided has seen), forked. One operation a call. Replies: {status, now, …}
+-- Statuses by precedence: repeated (forked from there already), changed (the ledger is of another epoch, or has other
+-- entries, than whoever decided has seen), forked. One operation a call. Replies: {status, now, …}
 --   repeated, forked: epoch, first, moved (see FORK)
 -- flags: allow-oom
 
@@ -16,33 +16,49 @@
 -- @include reservation
 -- @include ledger
 
-local OPERATION = '>ddddd'             -- then so many runs of entries
+local OPERATION = '>dddddd'            -- then so many runs of entries
 --   found_epoch    int   the ledger's epoch as it was found; 0: it had none
 --   follows_epoch  int   of the last entry that was exported
 --   follows_n      int   its number
 --   kept_n         int   of the last entry that is as it was exported; 0: none is
+--   kept_booked_ms int   when that was booked
 --   run_count      int   how many runs follow, of entries behind that which were exported under other numbers
 
-local RENUMBERED = '>ddd'
+local RENUMBERED = '>dddd'
 --   first_n      int   the first of a run
 --   last_n       int   the last
 --   exported_n   int   the number under which the first was exported; the others follow it
+--   last_booked_ms int   when the last was booked
 
 local FORK = '>ddddd'
 --   as in the operation: epoch and number of the entry that the new epoch follows; the new epoch; the first number in
 --   it, and how many entries were moved there
 
 -- A correction names its entry by the new number, if that is of the same call: else it means one that was lost.
-local function renamed(outcome, call_facts, moved, calls)
+local function renamed(outcome, call_facts, moved, calls, ids)
+  local named = string.match(outcome, '"adjusts_id":"([%w_-]+)"')
   return (string.gsub(outcome, '"adjusts":"(%d+):(%d+)"', function(shard, n)
-    if moved[n + 0] and calls[n + 0] == call_facts then return format('"adjusts":"%s:%d"', shard, moved[n + 0]) end
+    n = n + 0
+    if moved[n] and calls[n] == call_facts and (named or ids[n]) == ids[n] then
+      return format('"adjusts":"%s:%d"', shard, moved[n])
+    end
   end, 1))
 end
 
-local found_epoch, follows_epoch, follows_n, kept_n, run_count, at = from_bytes(OPERATION, ARGV[2])
-local known = {}
+-- Whether an entry is the one that whoever decided has seen: a server may fall back further while somebody reads.
+local function stands(n, booked_at)
+  local entry = call('XRANGE', ledger_key, format('%d-0', n), format('%d-0', n))[1] or {nil, {}}
+  for place = 1, #entry[2], 2 do
+    if entry[2][place] == 'booked_at' then return tonumber(entry[2][place + 1]) == booked_at end
+  end
+  return false
+end
+
+local found_epoch, follows_epoch, follows_n, kept_n, kept_booked_ms, run_count, at = from_bytes(OPERATION, ARGV[2])
+local known, all_stand = {}, kept_n == 0 or stands(kept_n, kept_booked_ms)
 for _ = 1, run_count do
-  local first_n, last_n, exported_n, next_at = from_bytes(RENUMBERED, ARGV[2], at)
+  local first_n, last_n, exported_n, last_booked_ms, next_at = from_bytes(RENUMBERED, ARGV[2], at)
+  all_stand = all_stand and stands(last_n, last_booked_ms)
   for n = first_n, last_n do known[n] = exported_n + n - first_n end
   at = next_at
 end
@@ -54,23 +70,23 @@ local first, from_ms, moved, moved_count, removed = 0, now_ms, {}, 0, {nil}
 local status = 'forked'
 if past_fork[1] == follows_epoch and past_fork[2] == follows_n and past_fork[3] == epoch then
   status = 'repeated'
-elseif found_epoch ~= (head and epoch or 0) then
+elseif found_epoch ~= (head and epoch or 0) or not all_stand then
   status = 'changed'
 else
   local last = call('XREVRANGE', ledger_key, '+', '-', 'COUNT', 1)[1]
   number = math.max(number, follows_n, last and string.match(last[1], '^%d+') + 0 or 0)
   epoch = math.max(now_ms, epoch + 1, follows_epoch + 1)
   first = number + 1
-  local calls = {}
+  local calls, ids = {}, {}
   for position, entry in ipairs(call('XRANGE', ledger_key, format('%d-0', kept_n + 1), '+')) do
     local n, values, places = string.match(entry[1], '^%d+') + 0, entry[2], {}
     for place = 1, #values, 2 do places[values[place]] = place + 1 end
     local outcome_at, booked_at, call_facts = places.outcome, places.booked_at, values[places.call or 0]
     if position == 1 then from_ms = booked_at and tonumber(values[booked_at]) or 0 end
     if outcome_at and values[places.kind or 0] == 'adjusted' then
-      values[outcome_at] = renamed(values[outcome_at], call_facts, moved, calls)
+      values[outcome_at] = renamed(values[outcome_at], call_facts, moved, calls, ids)
     end
-    removed[position], calls[n], moved[n] = entry[1], call_facts, known[n]
+    removed[position], calls[n], ids[n], moved[n] = entry[1], call_facts, values[places.id or 0], known[n]
     if not known[n] then
       number = number + 1
       moved[n] = number

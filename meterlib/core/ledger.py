@@ -31,6 +31,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     quality: Quality = "final"
     facts: Mapping[str, str] = {}
     adjusts: str = ""
+    adjusts_id: str = ""
     reason: str = ""
     actor: str = ""
 
@@ -72,6 +73,7 @@ class LedgerEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
         epoch: the ledger's epoch, in entries that were read from it; another one means that the ledger lost its
             tail and was begun anew.
         adjusts: of `adjusted`: the entry it corrects, as `shard:n`; with `reason` and `actor`.
+        adjusts_id: the reservation id of that entry: where a ledger lost its tail, another one may bear its number.
     """
 
     shard: int
@@ -90,6 +92,7 @@ class LedgerEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     estimate: Mapping[str, object] = {}
     facts: Mapping[str, str] = {}
     adjusts: str = ""
+    adjusts_id: str = ""
     reason: str = ""
     actor: str = ""
 
@@ -137,6 +140,7 @@ def entry_of(shard: int, n: int, fields: Mapping[bytes, bytes]) -> LedgerEntry:
         reserved_at=int(fields[b"reserved_at"]),
         booked_at=int(fields[b"booked_at"]),
         adjusts=outcome.adjusts,
+        adjusts_id=outcome.adjusts_id,
         reason=outcome.reason,
         actor=outcome.actor,
     )

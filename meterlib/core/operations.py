@@ -206,11 +206,15 @@ class Sweep(NamedTuple):
 
 
 class Renumbered(NamedTuple):
-    """Entries in a row that are exported under other numbers than they have: the first, the last, the first's there."""
+    """Entries in a row that are exported under other numbers than they have: the first, the last, the first's there.
+
+    And when the last was booked: for whoever decided may have seen another one of that number.
+    """
 
     first_n: int
     last_n: int
     exported_n: int
+    last_booked_ms: int
 
 
 class Fork(NamedTuple):
@@ -220,6 +224,7 @@ class Fork(NamedTuple):
     follows_epoch: int
     follows_n: int
     kept_n: int
+    kept_booked_ms: int = 0
     renumbered: tuple[Renumbered, ...] = ()
 
     def packed(self) -> bytes:

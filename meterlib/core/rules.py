@@ -544,7 +544,10 @@ def fork(work: Work, operation: Fork) -> Reply:
     if shard.fork and shard.fork[:3] == (operation.follows_epoch, operation.follows_n, work.epoch):
         work.commit(books=True)
         return ["repeated", work.now_ms, *shard.fork[2:]]
-    if operation.found_epoch != (work.epoch if shard.layout else 0):
+    booked = {entry["n"]: entry["booked_at"] for entry in shard.ledger} | {0: operation.kept_booked_ms}
+    seen = [(operation.kept_n, operation.kept_booked_ms)]
+    seen += [(run.last_n, run.last_booked_ms) for run in operation.renumbered]
+    if operation.found_epoch != (work.epoch if shard.layout else 0) or any(booked.get(n) != at for n, at in seen):
         work.commit(books=True)
         return ["changed", work.now_ms]
     work.number = max(work.number, operation.follows_n, shard.ledger[-1]["n"] if shard.ledger else 0)
@@ -554,13 +557,13 @@ def fork(work: Work, operation: Fork) -> Reply:
         n: n - run.first_n + run.exported_n for run in operation.renumbered for n in range(run.first_n, run.last_n + 1)
     }
     moved: dict[int, int] = {}
-    calls: dict[int, bytes] = {}
+    calls: dict[int, tuple[bytes, str]] = {}
     for entry in shard.ledger:
         if entry["n"] > operation.kept_n:
             outcome = entry["outcome"]
             if entry["kind"] == "adjusted":
                 outcome = _renamed(outcome, entry["call"], moved, calls)
-            calls[entry["n"]] = entry["call"]
+            calls[entry["n"]] = entry["call"], entry["id"]
             if entry["n"] in known:
                 moved[entry["n"]] = known[entry["n"]]
                 continue
@@ -576,16 +579,18 @@ def fork(work: Work, operation: Fork) -> Reply:
     return ["forked", work.now_ms, *shard.fork[2:]]
 
 
-def _renamed(outcome: bytes, call: bytes, moved: Mapping[int, int], calls: Mapping[int, bytes]) -> bytes:
+def _renamed(outcome: bytes, call: bytes, moved: Mapping[int, int], calls: Mapping[int, tuple[bytes, str]]) -> bytes:
     """A correction names its entry by the new number, if that is of the same call: else it means one that was lost."""
-    found = _ADJUSTS.search(outcome)
+    found, named = _ADJUSTS.search(outcome), _ADJUSTS_ID.search(outcome)
     n = int(found[2]) if found else 0
-    if found is None or calls.get(n) != call:
+    facts, reservation_id = calls.get(n, (b"", ""))
+    if found is None or facts != call or (named and named[1].decode() != reservation_id):
         return outcome
     return outcome[: found.start(2)] + b"%d" % moved[n] + outcome[found.end(2) :]
 
 
 _ADJUSTS = re.compile(rb'"adjusts":"(\d+):(\d+)"')
+_ADJUSTS_ID = re.compile(rb'"adjusts_id":"([\w-]+)"')
 
 _READ_ONLY: dict[str, Callable[[Work, Any], Reply]] = {"peek": peek, "find": find}
 _ALONE: dict[str, Callable[[Work, Any], Reply]] = {"sweep": sweep, "fork": fork}

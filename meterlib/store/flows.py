@@ -521,6 +521,7 @@ def adjust(
         usage=difference,
         quality=entry.quality,
         adjusts=f"{entry.shard}:{entry.n}",
+        adjusts_id=entry.reservation_id,
         reason=reason,
         actor=actor,
     )
@@ -570,6 +571,7 @@ def _write(
         reserved_at=0,
         booked_at=int(reply[5]),
         adjusts=outcome.adjusts,
+        adjusts_id=outcome.adjusts_id,
         reason=outcome.reason,
         actor=outcome.actor,
     )
@@ -697,19 +699,21 @@ def fork(
     follows_epoch: str,
     follows_n: int,
     kept_n: int,
+    kept_booked_ms: int = 0,
     renumbered: tuple[Renumbered, ...] = (),
 ) -> Flow[NewEpoch]:
     """Begin another epoch of a ledger that lost what was exported from it; see `lua/fork.lua`.
 
     Raises:
-        StoreRefused: the ledger is of another epoch than was found; nothing was written.
+        StoreRefused: the ledger is of another epoch than was found, or has lost more since; nothing was written.
     """
     check_count(follows_n, "follows_n", AMOUNT_MAX)
     check_count(kept_n, "kept_n", AMOUNT_MAX, least=0)
-    operation = Fork(int(found_epoch or 0), int(follows_epoch), follows_n, kept_n, renumbered)
+    operation = Fork(int(found_epoch or 0), int(follows_epoch), follows_n, kept_n, kept_booked_ms, renumbered)
     reply: Reply = yield Call("fork", shard, operation)
     if _status(reply) == "changed":
-        raise StoreRefused("fork", "somebody else has begun another epoch since it was looked at")
+        cause = "the ledger is not what it was when it was looked at (it lost more, or was forked); look again"
+        raise StoreRefused("fork", cause)
     return NewEpoch(epoch=f"{int(reply[2]):013d}", first=int(reply[3]), moved=int(reply[4]))
 
 

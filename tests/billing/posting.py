@@ -45,7 +45,13 @@ def prices(text: str = BOOK, terms: Mapping[str, Terms] = TERMS) -> Prices:
 def stored(one: LedgerEntry) -> dict[str, str | bytes]:
     """An entry as its fields stand in the store."""
     outcome = Outcome(
-        usage=one.usage, quality=one.quality, facts=one.facts, adjusts=one.adjusts, reason=one.reason, actor=one.actor
+        usage=one.usage,
+        quality=one.quality,
+        facts=one.facts,
+        adjusts=one.adjusts,
+        adjusts_id=one.adjusts_id,
+        reason=one.reason,
+        actor=one.actor,
     )
     blob = encode(outcome)
     return {
@@ -68,13 +74,14 @@ class Ledgers(Books):
     def __init__(self, folder: Path, tz: str = "UTC", **more: Any) -> None:
         super().__init__(folder, **more)
         self.tz = tz
+        self.epoch = EPOCH
         self.entries: list[LedgerEntry] = []
 
     def add(self, several: Iterable[LedgerEntry]) -> list[LedgerEntry]:
         """Append entries, as they are but for number and epoch."""
         added = []
         for one in several:
-            numbered = msgspec.structs.replace(one, n=len(self.entries) + 1, epoch=EPOCH)
+            numbered = msgspec.structs.replace(one, n=len(self.entries) + 1, epoch=self.epoch)
             self.client.xadd(LEDGER, stored(numbered), id=f"{numbered.n}-0")
             self.entries.append(numbered)
             added.append(numbered)
@@ -88,8 +95,17 @@ class Ledgers(Books):
 
     def correction(self, of: LedgerEntry, at: int, usage: dict[str, Any]) -> LedgerEntry:
         """Append a correction of an entry."""
-        facts: dict[str, Any] = {"kind": "adjusted", "adjusts": f"0:{of.n}", "reason": "r", "usage": usage}
+        facts: dict[str, Any] = {"kind": "adjusted", "adjusts": f"0:{of.n}", "adjusts_id": of.reservation_id}
+        facts |= {"reason": "r", "usage": usage}
         return self.add([msgspec.structs.replace(of, reserved_at=0, booked_at=at, facts={}, after="", **facts)])[0]
+
+    def lose(self, count: int, epoch: str) -> None:
+        """The last entries are gone; the ledger goes on with their numbers in another epoch, which somebody accepts."""
+        self.client.delete(LEDGER)
+        del self.entries[-count:]
+        for one in self.entries:
+            self.client.xadd(LEDGER, stored(one), id=f"{one.n}-0")
+        self.epoch = epoch
 
     def rate(self, text: str = BOOK, terms: Mapping[str, Terms] = TERMS) -> Rated:
         """Export, and rate what is not rated."""

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from meterlib import LedgerEntry
+from meterlib.billing.export.export import Accepted
 from meterlib.billing.prices.terms import LIST, Terms
 from tests.billing.money import BOOK, at_ms, tokens
 from tests.billing.posting import Ledgers, amounts
@@ -129,6 +130,27 @@ def test_a_correction_of_a_correction_has_the_terms_of_the_call(ledgers: Ledgers
 
     assert nothing_left(ledgers)
     assert [] == ledgers.problems()
+
+
+def test_a_correction_of_an_entry_that_the_store_lost_is_not_anothers(ledgers: Ledgers) -> None:
+    """Another call has its number since; whose terms are others. The archive still has both."""
+    ledgers.call(OCTOBER, usage=tokens(cache_read_input_tokens=1))
+    lost = ledgers.call(OCTOBER + 1, usage=tokens(input_tokens=1_000_000), reservation_id="lost")
+    ledgers.rate(BOOK, OLD)
+    ledgers.lose(1, ANOTHER_EPOCH)
+    ledgers.call(OCTOBER + 2, usage=tokens(input_tokens=1_000_000), reservation_id="found")
+    assert ledgers.export(Accepted(epochs={0: ANOTHER_EPOCH})).problem is None
+    ledgers.rate(BOOK, NEW)
+    ledgers.correction(lost, OCTOBER + 1000, {"input_tokens": -1_000_000})
+    ledgers.rate(BOOK, {})
+
+    posted = {(row.epoch, row.n): row.billed_cost or 0 for row in ledgers.rows("token_type = 'input'")}
+    assert 0 < posted[lost.epoch, 2] == -posted[ANOTHER_EPOCH, 3]
+    assert posted[lost.epoch, 2] != posted[ANOTHER_EPOCH, 2]
+    assert [] == ledgers.problems()
+
+
+ANOTHER_EPOCH = "1600000009999"
 
 
 def test_a_call_that_was_rated_again_is_corrected_at_what_it_was_rated_at_last(ledgers: Ledgers) -> None:

@@ -302,21 +302,22 @@ def test_a_correction_moves_with_the_entry_that_it_corrects(books: ForgetfulBook
     assert 'not "adjusts":"0:4"' == archived[8].reason
 
 
-def test_a_correction_of_what_was_lost_goes_on_naming_it(books: ForgetfulBooks) -> None:
-    """The entry that has its number in the store meanwhile is another call's."""
+@pytest.mark.parametrize("model", ["opus", "another"])
+def test_a_correction_of_what_was_lost_goes_on_naming_it(books: ForgetfulBooks, model: str) -> None:
+    """The entry that has its number in the store meanwhile is another call's, however like it."""
     books.book(3)
     books.remember()
     books.book(1)
     lost = books.booked()[-1]
     books.export()
     books.lose()
-    books.meter.record("acme", {"model": "another"}, Usage(input_tokens=1))
+    books.meter.record("acme", {"model": model}, Usage(input_tokens=1))
     books.meter.adjust(lost, {"input_tokens": -1}, "counted twice")
 
     books.fork()
 
     assert books.export().problem is None
-    assert "0:4" == books.archived()[-1].adjusts
+    assert ("0:4", lost.reservation_id) == (books.archived()[-1].adjusts, books.archived()[-1].adjusts_id)
 
 
 def test_a_ledger_that_lost_nothing_is_not_forked(books: ForgetfulBooks) -> None:
@@ -594,7 +595,7 @@ def test_the_command_shows_what_is_lost_and_asks(
     assert 2 == main(words), "there is nothing to be forked any more"
 
 
-def test_what_is_lost_while_somebody_reads_is_looked_at_first(
+def test_what_is_lost_while_somebody_reads_has_to_be_looked_at(
     books: ForgetfulBooks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Finance: by what was seen before, entries of the second loss's time would have been taken for exported ones."""
@@ -613,12 +614,50 @@ def test_what_is_lost_while_somebody_reads_is_looked_at_first(
     words = ["ledger", "fork", "--shard", "0", "--config", str(books.settings)]
     monkeypatch.setattr(sys, "stdin", Slow())
     assert 1 == main(words)
-    assert "changed meanwhile" in capsys.readouterr().err
+    assert "look again" in capsys.readouterr().err
     came = [content(one) for one in books.booked()[2:]]
     monkeypatch.setattr(sys, "stdin", Terminal("yes\n"))
     assert 0 == main(words)
     assert books.export().problem is None
     assert came == [content(one) for one in books.archived()[8:]]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_is_lost_between_look_and_fork_is_noticed_by_the_store(books: ForgetfulBooks, again: bool) -> None:
+    """Finance: however briefly before; also of entries that are kept under other numbers."""
+    books.book(2)
+    books.remember()
+    far, books.kept = books.kept, {}
+    books.book(2)
+    if again:
+        books.export()
+        books.kept = far
+        books.lose()
+        books.book(2)
+    books.remember()
+    if again:
+        books.fork()
+        books.export()
+    else:
+        books.book(2)
+        books.export()
+    books.lose()
+    loss = books.loss()
+    assert loss is not None
+    assert again == bool(loss.kept.renumbered)
+    books.kept = far
+    books.lose()
+    books.book(4)
+    came = [content(one) for one in books.booked()[2:]]
+    before = [content(one) for one in books.archived()]
+
+    with pytest.raises(StoreRefused, match="not what it was"):
+        fork(loss, books.run)
+
+    assert came == [content(one) for one in books.booked()[2:]]
+    books.fork()
+    assert books.export().problem is None
+    assert [*before, *came] == [content(one) for one in books.archived()]
 
 
 @pytest.mark.parametrize("kind", ["valkey", "redis"])

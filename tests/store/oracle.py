@@ -53,6 +53,7 @@ class Judge:
         self.charges: list[Charge] = []
         self.terminal: dict[str, list[str]] = {}
         self.entries: list[tuple[str, str]] = []
+        self.full: set[str] = set()  # windows that hold less than is told here: see `counted`
 
     # what counts
 
@@ -73,6 +74,20 @@ class Judge:
     def used(self, window: str, now_ms: int) -> tuple[int, int]:
         pairs = [self.counts(charge, now_ms) for charge in self.charges if charge.rule.window == window]
         return sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
+
+    def counted(self, window: str, settled: int, held: int, now_ms: int) -> None:
+        """What the store says a window counts must be what its calls make it count.
+
+        Sums saturate at 2**53 - 1: what finds no room is not counted, also when there is room later, until the window
+        is empty. Such a window admits and denies by what it holds, which is not known here.
+        """
+        told = self.used(window, now_ms)
+        if max(settled, held) >= 2**52:
+            self.full.add(window)
+        elif told == (settled, held) == (0, 0):
+            self.full.discard(window)
+
+        assert window in self.full or told == (settled, held)
 
     def exact_log(self, rule: Rule, now_ms: int, length_ms: int) -> int:
         """What an exact log of this length would count, to the ms."""
@@ -107,6 +122,8 @@ class Judge:
 
     def reserved(self, call_id: str, wanted: list[tuple[Rule, int]], now_ms: int, lease_ms: int) -> None:
         for rule, amount in wanted:
+            if rule.window in self.full:
+                continue
             settled, held = self.used(rule.window, now_ms)
             if amount > rule.quota:
                 assert not rule.rejects
@@ -126,6 +143,8 @@ class Judge:
         assert any(verdict != "passes" for verdict in verdicts)
 
         for (rule, amount), verdict in zip(wanted, verdicts, strict=True):
+            if rule.window in self.full:
+                continue
             settled, held = self.used(rule.window, now_ms)
             fits = settled + held + amount <= rule.quota
             if verdict == "passes":

@@ -78,7 +78,7 @@ CALL: dict[str, Any] = {
 OUTCOME: dict[str, Any] = {
     "usage": USAGE,
     "facts": "JSON",
-    **dict.fromkeys(("quality", "adjusts", "reason", "actor"), "VARCHAR"),
+    **dict.fromkeys(("quality", "adjusts", "adjusts_id", "reason", "actor"), "VARCHAR"),
 }
 """What columns are made of, in the parts that are JSON."""
 
@@ -150,7 +150,7 @@ def rows_of_csv(path: str) -> str:
     columns = ", ".join(f"{name}: '{kind}'" for name, kind in VERBATIM.items())
     source = (
         f"read_csv({quoted(path)}, columns = {{{columns}}}, delim = chr(31), header = false, auto_detect = false,"
-        " quote = '', escape = '', new_line = '\\n', max_line_size = 16000000)"
+        " quote = '', escape = '', new_line = '\\n', max_line_size = 16000000, buffer_size = 20000000)"
     )
     return made_from(source, ", ".join(VERBATIM))
 

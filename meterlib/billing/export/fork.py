@@ -42,6 +42,7 @@ class Kept(NamedTuple):
         epoch, n: as it was exported.
         stored_n: its number in the store.
         same_n: of the last one that has the number under which it was exported; none below it was lost or moved.
+        same_booked_ms: when that was booked.
         renumbered: those behind that, up to the last kept one, and what they were exported as.
     """
 
@@ -49,6 +50,7 @@ class Kept(NamedTuple):
     n: int = 0
     stored_n: int = 0
     same_n: int = 0
+    same_booked_ms: int = 0
     renumbered: tuple[Renumbered, ...] = ()
 
 
@@ -136,9 +138,7 @@ def fork(loss: Loss, run: Run) -> NewEpoch:
     patient_until_s = time.monotonic() + PATIENCE * loss.move_ms / 1000
     while True:
         try:
-            return run(
-                flows.fork(loss.shard, loss.found_epoch, exported.epoch, exported.n, kept.same_n, kept.renumbered)
-            )
+            return run(flows.fork(loss.shard, loss.found_epoch, exported.epoch, exported.n, *kept[3:]))
         except StoreUnavailable:
             if time.monotonic() > patient_until_s:
                 raise
@@ -184,7 +184,7 @@ def _kept(sink: Sink[Any], run: Run, shard: int, head: ShardHead) -> Kept:
         page = run(flows.read_stored(shard, first - 1, last - first + 1))
         for n, fields in reversed(page):
             if n <= last and _line(n, fields) in exported:
-                return Kept(fields[b"epoch"].decode(), n, n, n)
+                return Kept(fields[b"epoch"].decode(), n, n, n, int(fields[b"booked_at"]))
         last = first - 1
     return Kept()
 
@@ -199,16 +199,16 @@ def _known(sink: Sink[Any], run: Run, shard: int, kept: Kept) -> Kept:
                 if (n := stored.pop(_content(line), 0)) > kept.stored_n:
                     exported_n, fields = fields_of(line)
                     kept = kept._replace(epoch=fields[b"epoch"].decode(), n=exported_n, stored_n=n)
-                    _add(runs, n, exported_n)
+                    _add(runs, Renumbered(n, n, exported_n, int(fields[b"booked_at"])))
     return kept._replace(renumbered=tuple(runs))
 
 
-def _add(runs: list[Renumbered], n: int, exported_n: int) -> None:
-    last = runs[-1] if runs else Renumbered(0, 0, 0)
-    if runs and n == last.last_n + 1 and exported_n == last.exported_n + n - last.first_n:
-        runs[-1] = last._replace(last_n=n)
+def _add(runs: list[Renumbered], one: Renumbered) -> None:
+    last = runs[-1] if runs else Renumbered(0, 0, 0, 0)
+    if runs and one.first_n == last.last_n + 1 and one.exported_n == last.exported_n + one.first_n - last.first_n:
+        runs[-1] = last._replace(last_n=one.last_n, last_booked_ms=one.last_booked_ms)
     else:
-        runs.append(Renumbered(n, n, exported_n))
+        runs.append(one)
 
 
 def _content(line: bytes) -> bytes:

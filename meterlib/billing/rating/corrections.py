@@ -78,7 +78,7 @@ class Earlier:
         """The entry that a correction names: of its own epoch, or of the last one before it that has the number."""
         for place in self._places(entry):
             known = self._known.get(place)
-            if known is not None and known.tenant == entry.tenant:
+            if known is not None and known.tenant == entry.tenant and entry.adjusts_id in ("", known.reservation_id):
                 return known
         return None
 
