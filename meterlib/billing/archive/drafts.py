@@ -104,7 +104,7 @@ class Draft(ABC):
         if not lines:
             return
         text = b"\n".join(lines)
-        if text.count(b"\n") != len(lines) - 1 or not _is_text(text):
+        if b"\n" in b"".join(lines) or not _is_text(text):
             at = next(at for at, line in enumerate(lines) if b"\n" in line or not _is_text(line))
             if at:
                 self.add(lines[:at], unknown)

@@ -56,7 +56,7 @@ class Lines:
             return None
         columns = list(zip(*entries, strict=True))
         names, values = columns[::2], columns[1::2]
-        if any(told.count(name) != count for told, name in zip(names, STORED, strict=True)):
+        if list(zip(*names, strict=True)).count(STORED) != count:
             return None
         if values[-1].count(epoch.encode()) != count or not _usual(values):
             return None
