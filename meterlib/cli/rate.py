@@ -150,9 +150,13 @@ def _rate_again(archive: Archive, config: Config, arguments: argparse.Namespace)
             _print_changes(rerating)
         wanted = _is_wanted(rerating, arguments)
         posted = rerating.post(time.time_ns() // 1_000_000) if wanted else 0
+        missed = rerating.missed() if posted else 0
     if wanted and not posted:
         print("meterlib: another re-rating was posted meanwhile: look at the difference anew", file=sys.stderr)
         return FAILURE
+    if missed:
+        what = f"{missed:,} {'entry was' if missed == 1 else 'entries were'} rated by the prices before, in the moment"
+        print(f"meterlib: {what} before this was posted: run the same again for those", file=sys.stderr)
     if arguments.json:
         print(json.dumps(_document(rerating, posted), indent=2))
     elif posted:

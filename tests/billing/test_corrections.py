@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 
 from meterlib import LedgerEntry
 from meterlib.billing.export.export import Accepted
+from meterlib.billing.postings import reratings
+from meterlib.billing.postings.reposts import encoded
+from meterlib.billing.postings.reratings import Rerating
 from meterlib.billing.prices.terms import LIST, Terms
 from tests.billing.money import BOOK, at_ms, tokens
-from tests.billing.posting import Ledgers, amounts
+from tests.billing.posting import Ledgers, amounts, prices
 
 OCTOBER = at_ms("2026-10-10")
 OLD = {"acme": Terms.of("10%", "3%", "5%", "7%")}
@@ -166,6 +169,52 @@ def test_a_call_that_was_rated_again_is_corrected_at_what_it_was_rated_at_last(l
     assert by_hand(ledgers.entries, {call.n: Known(3, 95_000, NEW["acme"])}) == list(ledgers.totals())[:4]
     ledgers.correction(call, OCTOBER + 3000, {"input_tokens": -96_000})
     ledgers.rate(tiered(5, 100_000), {})
+    assert nothing_left(ledgers)
+    assert [] == ledgers.problems()
+
+
+def test_a_correction_that_is_rated_while_somebody_reads_the_difference_is_rated_again(
+    ledgers: Ledgers,
+) -> None:
+    """Exports go on meanwhile; it goes by its call's new prices, as it would have a moment later."""
+    call = ledgers.call(OCTOBER, "steep", tokens(input_tokens=90_000))
+    ledgers.rate(tiered(1, 100_000), OLD)
+    with ledgers.archive() as archive, Rerating(archive, prices(tiered(3, 95_000), NEW), "a book") as rerating:
+        rerating.work_out()
+        ledgers.correction(call, OCTOBER + 1000, {"input_tokens": -90_000})
+        ledgers.rate(tiered(1, 100_000), OLD)
+        assert 1 == rerating.post(1_900_000_000_000)
+        assert 0 == rerating.missed()
+
+    assert nothing_left(ledgers)
+    assert [] == ledgers.problems()
+
+
+def test_what_is_rated_in_the_moment_before_a_re_rating_is_posted_is_told(
+    ledgers: Ledgers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the prices from before; rating again mends that."""
+    call = ledgers.call(OCTOBER, "steep", tokens(input_tokens=90_000))
+    ledgers.rate(tiered(1, 100_000), OLD)
+    with ledgers.archive() as archive, Rerating(archive, prices(tiered(3, 95_000), NEW), "a book") as rerating:
+        rerating.work_out()
+
+        def meanwhile(*args: Any) -> bytes:
+            ledgers.correction(call, OCTOBER + 1000, {"input_tokens": -90_000})
+            ledgers.rate(tiered(1, 100_000), OLD)
+            return encoded(*args)
+
+        monkeypatch.setattr(reratings, "encoded", meanwhile)
+        assert 1 == rerating.post(1_900_000_000_000)
+        assert 1 == rerating.missed()
+    ledgers.call(OCTOBER, "steep")
+    ledgers.rate(tiered(1, 100_000), OLD)
+
+    assert not nothing_left(ledgers)
+    monkeypatch.undo()
+    ledgers.rate_again(tiered(3, 95_000), terms=NEW)
+    ledgers.correction(ledgers.entries[-1], OCTOBER + 1000, {"input_tokens": -1_000_000})
+    ledgers.rate(tiered(1, 100_000), OLD)
     assert nothing_left(ledgers)
     assert [] == ledgers.problems()
 

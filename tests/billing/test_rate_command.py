@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from meterlib.billing.postings import reratings
+from meterlib.billing.postings.reposts import Manifest, encoded
 from meterlib.billing.postings.reratings import Rerating
 from meterlib.config import Config
 from meterlib.errors import PolicyError
@@ -195,6 +197,30 @@ def test_of_two_re_ratings_at_once_one_is_posted(ledgers: Ledgers, run: Run, mon
     assert [("a book",)] == [(manifest["book"],) for manifest in manifests(ledgers)]
     assert "nothing changes" in run("--book", book(ledgers, "dearer"), "--yes").out
     assert [] == ledgers.problems()
+
+
+def test_who_posts_is_told_of_what_was_rated_in_the_last_moment(
+    ledgers: Ledgers, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has other prices than what was posted."""
+    ledgers.call("2026-10-09")
+    ledgers.rate()
+
+    def meanwhile(manifest: Manifest) -> bytes:
+        ledgers.call("2026-10-10")
+        ledgers.rate()
+        return encoded(manifest)
+
+    monkeypatch.setattr(reratings, "encoded", meanwhile)
+
+    ran = run("--book", book(ledgers, "dearer"), "--yes")
+
+    assert 0 == ran.code
+    assert "meterlib: 1 entry was rated by the prices before, in the moment before this was posted" in ran.err
+    assert amounts(as_rated(ledgers.entries, DEARER)) != ledgers.totals()
+    monkeypatch.undo()
+    assert not run("--book", book(ledgers, "dearer"), "--yes").err
+    assert amounts(as_rated(ledgers.entries, DEARER)) == ledgers.totals()
 
 
 def manifests(ledgers: Ledgers) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
@@ -100,6 +100,7 @@ class Rerating:
         self._sums: dict[str, dict[str, str]] = {}
         self._scales: list[Scale] = []
         self._terms: dict[str, Terms] = {}
+        self._done: dict[int, Place] = {}
         self.changes: dict[str, ModelChange] = {}
         self.rows = 0
 
@@ -116,7 +117,7 @@ class Rerating:
         shutil.rmtree(self._draft, ignore_errors=True)
 
     def work_out(self, advance: Callable[[int], None] = lambda count: None) -> None:
-        """Rate all again, and keep what differs.
+        """Rate all again, and keep what differs; once more, what was rated since.
 
         Args:
             advance: is told how many entries were looked at, as it goes.
@@ -126,16 +127,17 @@ class Rerating:
             OSError: the disk is full, or fails.
         """
         for shard in self._files.shards():
-            done: Place = ("", 0)
-            while (file := self._next(shard, done)) is not None:
+            while (file := next(self._behind(shard), None)) is not None:
                 with suppress(VanishedError):  # it was joined with others, or the archive's segments were
-                    advance(self._look(file, done))
-                    done = file.segment.epoch, file.segment.last
+                    advance(self._look(file, self._done.get(shard, ("", 0))))
+                    self._done[shard] = file.segment.epoch, file.segment.last
         self.changes = dict(sorted(self.changes.items()))
 
-    def _next(self, shard: int, done: Place) -> RatedFile | None:
+    def _behind(self, shard: int) -> Iterator[RatedFile]:
+        """The files that have rows of entries which were not looked at."""
         way = self._files.steady(lambda: self._files.way(shard))
-        return next((file for file in way if (file.segment.epoch, file.segment.last) > done), None)
+        done = self._done.get(shard, ("", 0))
+        return (file for file in way if (file.segment.epoch, file.segment.last) > done)
 
     def _look(self, file: RatedFile, done: Place) -> int:
         segment = file.segment
@@ -224,14 +226,18 @@ class Rerating:
         self._sums[named.name] = sums
 
     def post(self, now_ms: int) -> int:
-        """Have the rows stand in the archive, on the disk.
+        """Have the rows stand in the archive, on the disk; those of what was rated since `work_out`, too.
+
+        A correction that was rated in between went by the prices that its call had; the call gets others now.
 
         Returns:
             The number of the re-rating; 0 if another one was posted meanwhile, so that nothing was.
 
         Raises:
+            IntegrityError: the archive's files do not fit together.
             OSError: the disk is full, or fails.
         """
+        self.work_out()
         manifest = Manifest(
             schema=REPOST_SCHEMA,
             number=self.number,
@@ -257,3 +263,17 @@ class Rerating:
             return 0
         sync_folder(place.parent)
         return self.number
+
+    def missed(self) -> int:
+        """How many entries were rated in the very moment before it was posted: they have the prices from before."""
+        return self._files.steady(lambda: sum(map(self._missed, self._files.shards())))
+
+    def _missed(self, shard: int) -> int:
+        count = 0
+        for file in self._behind(shard):
+            epoch, n = self._done.get(shard, ("", 0))
+            for made in self._files.facts(file).made:
+                first = max(made.first, n + 1) if epoch == file.segment.epoch else made.first
+                if made.reposts < self.number:
+                    count += max(0, made.last - first + 1)
+        return count
