@@ -608,6 +608,7 @@ class Meter(_Meter):
         if self._closed:
             return
         self._closed = True
+        self._driver.stop()
         if self._background:
             self._stop.set()
             self._background.join()
@@ -888,6 +889,7 @@ class AsyncMeter(_Meter):
         if self._taking_back:
             await asyncio.wait(self._taking_back)
         self._closed = True
+        await self._driver.stop()
         if self._background:
             self._background.cancel()
             with suppress(asyncio.CancelledError):

@@ -34,6 +34,7 @@ UNDER_WAY_MAX = 2
 ready; with less to do, one at a time has more in it."""
 
 WAITING_MAX = 20_000
+STOPPED = "the meter was closed meanwhile"
 
 W = TypeVar("W")
 
@@ -227,6 +228,7 @@ class AsyncBatching:
         self._driver = driver
         self._lanes: Lanes[_Future] = Lanes(driver.lane_of, deadline_ms)
         self._workers: set[asyncio.Task[None]] = set()
+        self._stopped = False
 
     async def run(self, call: Call) -> Reply:
         """The reply to one operation.
@@ -249,7 +251,17 @@ class AsyncBatching:
         finally:
             self._start(self._lanes.next(alone))
 
+    async def stop(self) -> None:
+        """Nothing is sent any more; whoever waits is told that nobody knows what became of it."""
+        self._stopped = True
+        workers = set(self._workers)
+        for worker in workers:
+            worker.cancel()
+        if workers:
+            await asyncio.wait(workers)
+
     def _start(self, trip: RoundTrip[_Future] | None) -> None:
+        trip = self._unless_stopped(trip)
         if trip:
             under_way = [trip]
             worker = asyncio.ensure_future(self._work(under_way))
@@ -260,17 +272,26 @@ class AsyncBatching:
         """Send what waits until nothing does."""
         while under_way:
             await self._send(under_way[0])
-            following = self._lanes.next(under_way.pop())
+            following = self._unless_stopped(self._lanes.next(under_way.pop()))
             if following:
                 under_way.append(following)
+
+    def _unless_stopped(self, trip: RoundTrip[_Future] | None) -> RoundTrip[_Future] | None:
+        while trip and self._stopped:
+            trip = self._given_up(trip, STOPPED)
+        return trip
+
+    def _given_up(self, trip: RoundTrip[_Future], cause: str) -> RoundTrip[_Future] | None:
+        """Tell those whose operations are in it; what is next."""
+        for waiting in trip.due:
+            _fail(waiting, StoreUnavailable(waiting.call.script, cause))
+        return self._lanes.next(trip)
 
     def _gone(self, worker: asyncio.Task[None], under_way: Sequence[RoundTrip[_Future]]) -> None:
         """If it was cancelled, nobody knows what became of what it sent; another one sends what waits."""
         self._workers.discard(worker)
         for trip in under_way:
-            for waiting in trip.due:
-                _fail(waiting, StoreUnavailable(waiting.call.script, "whoever sent it was cancelled"))
-            self._start(self._lanes.next(trip))
+            self._start(self._given_up(trip, STOPPED if self._stopped else "whoever sent it was cancelled"))
 
     async def _send(self, trip: RoundTrip[_Future]) -> None:
         due = []

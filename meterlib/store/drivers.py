@@ -20,7 +20,7 @@ from meterlib.core.operations import Reply, Value, packed, unpacked
 from meterlib.errors import MeterError, PolicyError, StoreCorrupt, StoreRefused, StoreUnavailable, UsageError
 from meterlib.store import forgetful
 from meterlib.store.ahead import Ahead
-from meterlib.store.batching import AsyncBatching, SyncBatching
+from meterlib.store.batching import STOPPED, AsyncBatching, SyncBatching
 from meterlib.store.commands import (
     Batch,
     Call,
@@ -216,6 +216,7 @@ class SyncDriver:
         self.server: EmbeddedServer | None = None
         self._layout_checked = False
         self._ready = False
+        self._stopped = False
         self._batching = SyncBatching(self, options.deadline_ms)
 
     def run(self, flow: Flow[T]) -> T:
@@ -374,9 +375,12 @@ class SyncDriver:
         self._wait(attempts, attempts.pause_s(error))
 
     def _wait(self, attempts: Attempts, wait_s: float) -> None:
-        if self.server:
+        if self.server and not self._stopped:
             wait_for(self.server, attempts.left_s())
-        time.sleep(wait_s)
+        if not self._stopped:
+            time.sleep(wait_s)
+        if self._stopped:
+            raise attempts.over(STOPPED)
 
     def reach(self) -> None:
         """Raise at once if nobody can be there to answer, where a call would go on trying until its deadline."""
@@ -398,6 +402,10 @@ class SyncDriver:
         if named:
             with suppress(*FAILURES):
                 named()
+
+    def stop(self) -> None:
+        """Nothing is tried again: whatever is on its way ends with its answer, or is told that there is none."""
+        self._stopped = True
 
     def close(self) -> None:
         self._wire.close()
@@ -428,6 +436,7 @@ class AsyncDriver:
         self._primary: Any = None
         self._layout_checked = False
         self._ready = False
+        self._stopped = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._batching = AsyncBatching(self, options.deadline_ms)
 
@@ -593,9 +602,12 @@ class AsyncDriver:
         await self._wait(attempts, attempts.pause_s(error))
 
     async def _wait(self, attempts: Attempts, wait_s: float) -> None:
-        if self.server:
+        if self.server and not self._stopped:
             await wait_for_async(self.server, attempts.left_s())
-        await asyncio.sleep(wait_s)
+        if not self._stopped:
+            await asyncio.sleep(wait_s)
+        if self._stopped:
+            raise attempts.over(STOPPED)
 
     async def follow(self) -> None:
         """See SyncDriver."""
@@ -607,6 +619,11 @@ class AsyncDriver:
                 if before and before != self._primary:
                     # Those in use, too: unlike its sync pool, redis.asyncio's goes on with them once they are free.
                     await pool.disconnect()
+
+    async def stop(self) -> None:
+        """See SyncDriver; what is on its way for several callers is given up."""
+        self._stopped = True
+        await self._batching.stop()
 
     async def aclose(self) -> None:
         await self._wire.aclose()
@@ -699,6 +716,9 @@ class MemoryDriver:
     def follow(self) -> None:
         """There is but one store."""
 
+    def stop(self) -> None:
+        """Nothing is ever on its way."""
+
     def close(self) -> None:
         """Nothing to close: the store is its owner's."""
 
@@ -714,6 +734,9 @@ class AsyncMemoryDriver(MemoryDriver):
 
     async def follow(self) -> None:  # type: ignore[override]
         """There is but one store."""
+
+    async def stop(self) -> None:  # type: ignore[override]
+        """Nothing is ever on its way."""
 
     async def aclose(self) -> None:
         """Nothing to close: the store is its owner's."""

@@ -53,6 +53,10 @@ class Attempts:
         self._wait_s = min(LONGEST_WAIT_S, self._wait_s * 2)
         return wait_s
 
+    def over(self, cause: str) -> StoreUnavailable:
+        """What the caller gets where there is to be no other try, whatever the time."""
+        return StoreUnavailable(self._operation, cause)
+
     def left_s(self) -> float:
         """How much of the deadline is left."""
         return max(0.0, self._ends_at_s - time.monotonic())

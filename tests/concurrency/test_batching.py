@@ -10,6 +10,8 @@ import threading
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -34,7 +36,7 @@ from meterlib.store.commands import Batch, Call
 from meterlib.store.keys import shard_keys
 from meterlib.testing import Clock
 from tests.faults.world import check_books
-from tests.support.servers import Server
+from tests.support.servers import Server, start_server
 
 ONE_SHARD = StoreOptions(shards=1)
 POLICY = Policy(limits=[Limit(name="requests", quota=100, window="7d"), Limit(name="open", quota=90, open=True)])
@@ -606,6 +608,65 @@ def test_cancelled_reserves_leave_no_hold(emptied: Server, seed: int) -> None:
     asyncio.run(main())
     with Meter.connect(emptied.url, POLICY, options=ONE_SHARD) as meter:
         check_books(meter)
+
+
+def test_a_meter_that_is_closed_dials_no_more_though_calls_are_on_their_way(emptied: Server) -> None:
+    """Whoever waits is told at once, and no connection is left that nobody would close."""
+
+    async def main() -> None:
+        meter = AsyncMeter.connect(emptied.url, POLICY, options=ONE_SHARD, sweep_interval_ms=0)
+        await meter.reserve("acme", {}, Used())
+        emptied.pause()
+        try:
+            calls = [
+                asyncio.create_task(meter.reserve("acme", {}, Used(), reservation_id=f"r{number}"))
+                for number in range(2 * TOGETHER_MAX + 9)
+            ]
+            for _ in range(5):
+                await asyncio.sleep(0)
+            assert meter._driver._batching._workers, "one call is on its way alone, and many together"
+
+            await meter.aclose()
+
+            assert asyncio.all_tasks() <= {*calls, asyncio.current_task()}
+            async with asyncio.timeout(1):
+                told = await asyncio.gather(*calls, return_exceptions=True)
+        finally:
+            emptied.resume()
+        assert {StoreUnavailable} == {type(error) for error in told}
+
+    with emptied.client() as client:
+        asyncio.run(main())
+        assert [str(client.client_id())] == [other["id"] for other in client.client_list()]
+
+
+@pytest.mark.parametrize("face", ["sync", "async"])
+def test_who_tries_in_vain_is_told_so_when_the_meter_is_closed(face: str, tmp_path: Path) -> None:
+    """Closing waits neither for a caller nor for the background sweep, however long they may try."""
+    patient = StoreOptions(shards=1, deadline_ms=600_000)
+
+    async def awaited(server: Server) -> None:
+        meter = AsyncMeter.connect(server.url, POLICY, options=patient, sweep_interval_ms=1)
+        await meter.reserve("acme", {}, Used())
+        server.kill()
+        trying = asyncio.create_task(meter.reserve("acme", {}, Used()))
+        await asyncio.sleep(0.05)
+        await meter.aclose()
+        await trying
+
+    def called(server: Server) -> None:
+        meter = Meter.connect(server.url, POLICY, options=patient, sweep_interval_ms=1)
+        meter.reserve("acme", {}, Used())
+        server.kill()
+        with ThreadPoolExecutor() as pool:
+            trying = pool.submit(meter.reserve, "acme", {}, Used())
+            with suppress(TimeoutError):
+                trying.result(0.05)
+            meter.close()
+            trying.result()
+
+    with start_server(tmp_path, "valkey") as server, pytest.raises(StoreUnavailable, match="closed meanwhile"):
+        called(server) if face == "sync" else asyncio.run(awaited(server))
 
 
 def test_sweeps_at_the_same_time_do_not_disturb_each_other(emptied: Server) -> None:
