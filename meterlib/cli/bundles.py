@@ -14,12 +14,10 @@ from meterlib.billing.bundle.bundle import BundleManifest, write_bundle
 from meterlib.billing.bundle.check import BundleVerdict, verify_bundle
 from meterlib.billing.bundle.gather import gather
 from meterlib.billing.postings.postings import Postings
-from meterlib.billing.prices.pricing import books_of
 from meterlib.billing.reports.invoice import Invoice
 from meterlib.cli.exits import INTEGRITY, OK
 from meterlib.cli.progress import Progress
 from meterlib.cli.report_formats import check_place
-from meterlib.config import Config
 from meterlib.errors import InvalidInput
 
 
@@ -30,12 +28,12 @@ def check_place_of(path: Path) -> None:
         raise InvalidInput("--bundle", f"{path} is no file")
 
 
-def write(path: Path, postings: Postings, invoice: Invoice, config: Config) -> BundleManifest:
+def write(path: Path, postings: Postings, invoice: Invoice) -> BundleManifest:
     """Write an invoice with all that is needed to check it."""
     with TemporaryDirectory(prefix="meterlib-bundle-") as scratch:
         database = duck.connect(Path(scratch))
         try:
-            return write_bundle(path, gather(database, postings, invoice, books_of(config.billing)))
+            return write_bundle(path, gather(database, postings, invoice))
         finally:
             database.close()
 

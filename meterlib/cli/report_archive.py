@@ -170,7 +170,7 @@ def _told(asked_for: Asked, postings: Postings, reader: Reader) -> tuple[dict[st
         bill = invoice(reader, str(query.tenant), str(query.period), closed)
         if arguments.bundle is not None:
             asked_for.phases("gathering what the bundle needs")
-            bundles.write(Path(arguments.bundle), postings, bill, asked_for.config)
+            bundles.write(Path(arguments.bundle), postings, bill)
         page_file = {"file": scratch / "invoice.html"} if arguments.format == "html" else {}
         return {"invoice": bill, **page_file}, bill.unpriced
     if arguments.format in FOCUS or arguments.format == "html":

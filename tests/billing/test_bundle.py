@@ -23,8 +23,6 @@ from meterlib.billing.bundle.bundle import BundleManifest, FileFacts, encoded, p
 from meterlib.billing.bundle.check import BundleVerdict, verify_bundle
 from meterlib.billing.bundle.gather import gather
 from meterlib.billing.postings.postings import Postings
-from meterlib.billing.prices.files import parse_book
-from meterlib.billing.prices.prices import PriceBooks
 from meterlib.billing.prices.terms import Terms
 from meterlib.billing.reports.answers import Reader
 from meterlib.billing.reports.invoice import invoice
@@ -35,7 +33,7 @@ SECRET = "nobody-elses-business"
 OCTOBER, NOVEMBER = "2026-10", "2026-11"
 
 
-def bundled(books: Ledgers, folder: Path, tenant: str = "acme", period: str = OCTOBER, text: str = BOOK) -> Path:
+def bundled(books: Ledgers, folder: Path, tenant: str = "acme", period: str = OCTOBER) -> Path:
     """The bundle of an invoice."""
     path = folder / f"{tenant}-{period}.zip"
     with books.archive() as archive:
@@ -44,7 +42,7 @@ def bundled(books: Ledgers, folder: Path, tenant: str = "acme", period: str = OC
         with Reader(postings, books.tz) as reader:
             bill = invoice(reader, tenant, period, closed)
         database = duck.connect()
-        write_bundle(path, gather(database, postings, bill, PriceBooks(parse_book(text), parse_book(BOOK))))
+        write_bundle(path, gather(database, postings, bill))
         database.close()
     return path
 
@@ -143,29 +141,13 @@ def test_nothing_of_another_customer_or_of_what_the_operator_pays_is_in_it(books
 
 
 def test_rows_of_a_re_rating_verify(books: Ledgers, tmp_path: Path) -> None:
-    """What was taken back and posted anew, of a closed month, is on the next invoice, with both prices."""
+    """What was taken back and posted anew, of a closed month, is on the next invoice, with both prices in full."""
     assert books.rate_again(DEARER, at_ms("2026-11-20"))
 
-    found = verify_bundle(bundled(books, tmp_path, "acme", NOVEMBER, DEARER))
+    found = verify_bundle(bundled(books, tmp_path, "acme", NOVEMBER))
 
     assert ([], []) == (found.problems, found.notes)
     assert b'"found": false' not in files_of(tmp_path / f"acme-{NOVEMBER}.zip")["prices.json"]
-
-
-def test_a_price_that_no_book_has_any_more_is_told_in_full(books: Ledgers, tmp_path: Path) -> None:
-    """It was written down when rows were rated by it, and is checked like any other."""
-    path = tmp_path / "bundle.zip"
-    with books.archive() as archive:
-        postings = Postings(archive, books.tz)
-        with Reader(postings, books.tz) as reader:
-            bill = invoice(reader, "acme", OCTOBER, True)
-        database = duck.connect()
-        write_bundle(path, gather(database, postings, bill, PriceBooks()))
-        database.close()
-
-    found = verify_bundle(path)
-
-    assert ([], []) == (found.problems, found.notes)
 
 
 def test_corrections_verify_by_the_terms_of_their_calls(books: Ledgers, tmp_path: Path) -> None:
@@ -316,6 +298,18 @@ def _add_to_total(files: dict[str, bytes]) -> None:
     files["invoice.json"] = bundle_json(document)
 
 
+def _hold(**other: Any) -> Callable[[dict[str, bytes]], None]:
+    """Prices held for other calls."""
+
+    def change(files: dict[str, bytes]) -> None:
+        document = json.loads(files["prices.json"])
+        for held in (held for price in document for held in price["held"] if len(held["tiers"]) > 1):
+            held.update(other)
+        files["prices.json"] = bundle_json(document)
+
+    return change
+
+
 def _add_to_amount(files: dict[str, bytes]) -> None:
     """A line costs more, and so does the total, but the rows do not."""
     document = json.loads(files["invoice.json"])
@@ -335,13 +329,17 @@ def _add_to_amount(files: dict[str, bytes]) -> None:
         (_replace("terms.json", '"0.125"', '"0.225"'), "does not follow from the list price by the terms"),
         (_replace("terms.json", '"0.05"', '"0.06"'), "the fee does not follow"),
         (_replace("prices.json", '"3.000000"', '"2.000000"'), "is not the one of that digest"),
+        (_hold(tiers=[0, 100_000, 120_000]), "has the price above 100000 tokens, for a prompt of 150000"),
+        (_hold(tiers=[0, 160_000]), "has the price above 100000 tokens, for a prompt of 150000"),
+        (_hold(from_ms=at_ms("2026-10-04")), "did not hold when the call was made"),
+        (_hold(until_ms=at_ms("2026-10-03")), "did not hold when the call was made"),
         (
             _replace("invoice.json", '"closed": true', '"closed": false'),
             "says closed: False, but there is a close.json",
         ),
         (_replace("invoice.json", '"tenant": "acme"', '"tenant": "evil"'), "of another tenant"),
         (_replace("close.json", '"billed_cost": "', '"billed_cost": "1'), "close.json has other totals"),
-        (_replace("manifest.json", '"schema": 1', '"schema": 2'), "schema 2"),
+        (_replace("manifest.json", '"schema": 2', '"schema": 3'), "schema 3"),
     ],
 )
 def test_a_lie_is_found_and_named_though_all_digests_were_made_anew(

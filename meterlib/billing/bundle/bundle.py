@@ -3,7 +3,7 @@
     invoice.json    the invoice
     rows.csv        the rated rows that it adds up: quantity, list price, the customer's price, cost, and what of
     entries.jsonl   the ledger's words on each of these calls, and on the calls that corrections among them are about
-    prices.json     each price that rows name, in full: its digest is that of the rows
+    prices.json     each price that rows name, in full, and for which calls it held: its digest is that of the rows
     terms.json      discount, mark-up and fee, and for which entries they held; corrections have those of their calls
     close.json      what the close of the period says of this customer; not there while the period is open
     manifest.json   what all of this is, and the SHA-256 of each file
@@ -34,7 +34,7 @@ from meterlib.billing.rating.rating_sql import COLUMNS
 from meterlib.billing.reports.invoice import Invoice
 from meterlib.core.money import plain
 
-BUNDLE_SCHEMA = 1
+BUNDLE_SCHEMA = 2
 INVOICE, ROWS, ENTRIES, PRICES, TERMS, CLOSE, MANIFEST = (
     *("invoice.json", "rows.csv", "entries.jsonl", "prices.json", "terms.json", "close.json", "manifest.json"),
 )
@@ -88,12 +88,31 @@ class StatedTerms(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return Terms(discount=self.discount, markup=self.markup, platform_fee=self.platform_fee)
 
 
+class Held(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """For which calls a price held.
+
+    Attributes:
+        from_ms: those from this moment on, in ms since 1970 UTC.
+        until_ms: and before this one.
+        tiers: of how many tokens a prompt has to be longer for each of the prices that held then, the lowest first.
+    """
+
+    from_ms: int
+    until_ms: int
+    tiers: list[int]
+
+    def tier(self, prompt: int) -> int:
+        """The one for a prompt of so many tokens."""
+        return max((tier for tier in self.tiers[1:] if prompt > tier), default=self.tiers[0])
+
+
 class StatedPrice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A price that rows name, as `prices.Rate` has it.
 
     Attributes:
         digest: by which rows name it.
         found: whether it is known in full; otherwise nothing but the digest is known, and what rows say.
+        held: for which calls; not part of what the digest is of.
     """
 
     digest: str
@@ -107,6 +126,7 @@ class StatedPrice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     currency: str = ""
     valid_from: str = ""
     prices: dict[str, Decimal] = {}
+    held: list[Held] = []
 
     def rate(self) -> Rate:
         """As a rate, whose digest is made of what it says."""

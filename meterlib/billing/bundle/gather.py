@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import msgspec
 
 from meterlib.billing.archive.rows import LINE, VERBATIM, entry_from
-from meterlib.billing.bundle.bundle import ROW_COLUMNS, Bundle, StatedClose, StatedPrice, StatedTerms
+from meterlib.billing.bundle.bundle import ROW_COLUMNS, Bundle, Held, StatedClose, StatedPrice, StatedTerms
 from meterlib.billing.duck import quoted
 from meterlib.billing.postings.closes import Close
 from meterlib.billing.postings.pieces import RatedFiles, TermsOf, terms_by_tenant
 from meterlib.billing.postings.posted import Before, bases
 from meterlib.billing.postings.postings import Postings
 from meterlib.billing.prices.pinned import Scale
-from meterlib.billing.prices.prices import PriceBooks, Rate, Unpriced
+from meterlib.billing.prices.prices import PriceBooks, Rate
 from meterlib.billing.prices.terms import Terms
 from meterlib.billing.rating.corrections import Earlier, Place
 from meterlib.billing.reports.invoice import Invoice
@@ -24,14 +24,13 @@ from meterlib.billing.reports.invoice import Invoice
 _PAGE = 5_000
 
 
-def gather(connection: Any, postings: Postings, invoice: Invoice, books: PriceBooks) -> Bundle:
+def gather(connection: Any, postings: Postings, invoice: Invoice) -> Bundle:
     """All that belongs to an invoice; rows and entries are read as they are written.
 
     Args:
         connection: of DuckDB; two tables are left in it.
         postings: of the archive.
         invoice: of a tenant and period, from the same look at the archive.
-        books: where prices are looked up that were not written down when rows were rated.
     """
     whose = f"tenant = {quoted(invoice.tenant)}"
     rows = f"SELECT * FROM ({postings.rows_sql()}) WHERE {whose} AND period = {quoted(invoice.period)}"
@@ -42,7 +41,7 @@ def gather(connection: Any, postings: Postings, invoice: Invoice, books: PriceBo
         invoice=invoice,
         rows=_rows(connection, rows),
         entries=_entries(connection, postings.entries_sql(), whose),
-        prices=_prices(connection, rows, pinned, books),
+        prices=_prices(connection, rows, pinned),
         terms=_terms(connection, postings, rows, pinned, invoice.tenant),
         close=None if close is None else _stated(close, invoice.tenant),
     )
@@ -88,32 +87,27 @@ def _entries(connection: Any, entries: str, whose: str) -> Iterator[Mapping[str,
             yield {name: "" if value is None else value for name, value in zip(names, row, strict=True)}
 
 
-def _prices(connection: Any, rows: str, pinned: Sequence[_Pinned], books: PriceBooks) -> list[StatedPrice]:
-    """Each price that rows name, as it was written down when they were rated, or else from the books of today."""
-    used = connection.execute(
-        f"SELECT DISTINCT price_digest, provider, model, variant, geo FROM ({rows})"
-        " WHERE price_digest <> '' ORDER BY ALL"
-    ).fetchall()
-    known = {rate.digest: rate for one in pinned for scale in one.scales for rate in scale.rates}
-    found: dict[str, StatedPrice] = {}
-    for digest, *key in used:
-        rate = known.get(digest) or _rate(books, digest, *key)
-        if rate is not None:
-            told: dict[str, Any] = {name: getattr(rate, name) for name in Rate.__struct_fields__}
-            found[digest] = StatedPrice(digest=digest, found=True, **told | {"prices": dict(rate.prices)})
-        else:
-            found.setdefault(digest, StatedPrice(digest=digest, found=False))
-    return [found[digest] for digest in sorted(found)]
+def _prices(connection: Any, rows: str, pinned: Sequence[_Pinned]) -> list[StatedPrice]:
+    """Each price that rows name, as it was written down when they were rated."""
+    used = connection.execute(f"SELECT DISTINCT price_digest FROM ({rows}) WHERE price_digest <> '' ORDER BY ALL")
+    rates: dict[str, Rate] = {}
+    held: dict[str, set[tuple[int, int, tuple[int, ...]]]] = {}
+    for scale in (scale for one in pinned for scale in one.scales):
+        for rate in scale.rates:
+            rates[rate.digest] = rate
+            tiers = tuple(each.above for each in scale.rates)
+            held.setdefault(rate.digest, set()).add((scale.from_ms, scale.until_ms, tiers))
+    return [_stated_price(digest, rates.get(digest), held.get(digest, set())) for (digest,) in used.fetchall()]
 
 
-def _rate(books: PriceBooks, digest: str, provider: str, model: str, variant: str, geo: str) -> Rate | None:
-    for label, priced in books.known(provider, model):
-        for price in priced.prices:
-            rates = price.rates(label, priced.provider, priced.name, variant, geo)
-            for rate in () if isinstance(rates, Unpriced) else rates:
-                if rate.digest == digest:
-                    return rate
-    return None
+def _stated_price(digest: str, rate: Rate | None, held: set[tuple[int, int, tuple[int, ...]]]) -> StatedPrice:
+    if rate is None:
+        return StatedPrice(digest=digest, found=False)
+    told: dict[str, Any] = {name: getattr(rate, name) for name in Rate.__struct_fields__} | {
+        "prices": dict(rate.prices)
+    }
+    for_calls = [Held(from_ms=since, until_ms=until, tiers=list(tiers)) for since, until, tiers in sorted(held)]
+    return StatedPrice(digest=digest, found=True, held=for_calls, **told | {"prices": dict(rate.prices)})
 
 
 class _Pinned(NamedTuple):

@@ -10,7 +10,8 @@ import msgspec
 
 from meterlib.billing.bundle.bundle import StatedPrice, StatedTerms
 from meterlib.billing.prices.prices import PriceBooks
-from meterlib.billing.rating.rating import add_usage, as_corrected, rate
+from meterlib.billing.rating.measures import passes_of
+from meterlib.billing.rating.rating import LINES_PER_PASS, add_usage, as_corrected, rate
 from meterlib.billing.rating.rerating import RERATED_LINES, TAKEN_BACK
 from meterlib.billing.rating.rounding import rounded_lines
 from meterlib.billing.reports.invoice import Invoice, Line, SectionName
@@ -51,7 +52,8 @@ class RowCheck:
         self._terms = [one for one in terms if not one.corrects]
         self._kept = {(one.epoch, one.shard, one.first): one for one in terms if one.corrects}
         self._problem = problem
-        self._calls: dict[tuple[int, int], LedgerEntry] = {}
+        self._calls: dict[Place, LedgerEntry] = {}
+        self._epochs: list[str] = []
         self._stated: dict[tuple[str, str], Decimal] = {}
 
     def passed(self, entry: LedgerEntry) -> None:
@@ -146,6 +148,8 @@ class RowCheck:
             mine = ("list_price", "currency", "above", "geo", "variant", "price_model")
             if told != tuple(row[name] for name in mine):
                 yield f"its list price, tier, place or model is not that of price {digest[:16]}"
+            if not any(one.from_ms <= row["at_ms"] < one.until_ms for one in known.held):
+                yield f"price {digest[:16]} did not hold when the call was made"
         elif not fee and self._stated.setdefault((digest, kind), row["list_price"]) != row["list_price"]:
             yield f"price {digest[:16]} has two list prices for {kind}"
 
@@ -168,7 +172,23 @@ class RowCheck:
                     one.quantity != row["quantity"] or any(getattr(one, name) != row[name] for name in _SAME)
                 ):
                     yield f"line {row['line']} says {row['quantity']} {row['token_type']}, the entry {one.quantity}"
-        yield from self._of_reratings(entry, rows)
+        if entry.kind != "adjusted":
+            yield from self._of_tiers(entry, rows)
+            yield from self._of_reratings(entry, rows)
+
+    def _of_tiers(self, entry: LedgerEntry, rows: Sequence[Row]) -> Iterator[str]:
+        """The prices are those for prompts of that length; a correction's are those for its call's, before or after."""
+        prompts = {one.number: one.prompt for one in passes_of(entry)}
+        for row in rows:
+            known, prompt = (
+                self._prices.get(row["price_digest"]),
+                prompts.get(row["line"] % TAKEN_BACK // LINES_PER_PASS),
+            )
+            if known is None or not known.found or prompt is None:
+                continue
+            tiers = [one.tier(prompt) for one in known.held if one.from_ms <= row["at_ms"] < one.until_ms]
+            if tiers and known.above not in tiers:
+                yield f"line {row['line']} has the price above {known.above} tokens, for a prompt of {prompt}"
 
     def _of_correction(self, entry: LedgerEntry, rows: Sequence[Row]) -> Iterator[str]:
         """What a correction posts, less what it takes back, is the difference that it says."""
@@ -204,8 +224,6 @@ class RowCheck:
 
     def _of_reratings(self, entry: LedgerEntry, rows: Sequence[Row]) -> Iterator[str]:
         """A re-rating has the quantities of the entry, once posted and once taken back."""
-        if entry.kind == "adjusted":
-            return
         made = {row.line: row.quantity for row in rate(entry, _NO_BOOKS)}
         for row in rows:
             if row["rating"] and row["charge"] == "usage":
@@ -216,21 +234,38 @@ class RowCheck:
 
     def _remember(self, entry: LedgerEntry) -> None:
         """Keep what a later correction may be about, its usage as corrected so far."""
-        if entry.kind != "adjusted":
-            self._calls[entry.shard, entry.n] = entry
-            return
+        if entry.epoch not in self._epochs:
+            self._epochs.append(entry.epoch)
         call = self._root(entry)
-        if call is not None:
-            changed = msgspec.structs.replace(call, usage=add_usage(call.usage, entry.usage))
-            self._calls[call.shard, call.n] = changed
-            self._calls[entry.shard, entry.n] = entry
+        if call is None:
+            return
+        self._calls[_place_of(entry)] = entry
+        if call is not entry:
+            self._calls[_place_of(call)] = msgspec.structs.replace(call, usage=add_usage(call.usage, entry.usage))
 
     def _root(self, entry: LedgerEntry) -> LedgerEntry | None:
+        """The call at the end of a chain of corrections."""
         one: LedgerEntry | None = entry
         while one is not None and one.kind == "adjusted":
-            shard, _, n = one.adjusts.partition(":")
-            one = self._calls.get((int(shard), int(n))) if shard.isdigit() and n.isdigit() else None
+            one = self._target(one)
         return one
+
+    def _target(self, entry: LedgerEntry) -> LedgerEntry | None:
+        """The entry that a correction names: of its own epoch, or of the last one before it that has the number."""
+        shard, _, n = entry.adjusts.partition(":")
+        if shard != str(entry.shard) or not n.isdigit():
+            return None
+        for epoch in reversed(self._epochs):
+            known = self._calls.get((epoch, entry.shard, int(n)))
+            if known is None or _place_of(known) >= _place_of(entry):
+                continue
+            if entry.adjusts_id in ("", known.reservation_id):
+                return known
+        return None
+
+
+def _place_of(entry: LedgerEntry) -> Place:
+    return entry.epoch, entry.shard, entry.n
 
 
 def _holds(row: Row, stated: StatedTerms) -> bool:
