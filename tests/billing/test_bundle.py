@@ -22,6 +22,7 @@ from meterlib.billing import duck
 from meterlib.billing.bundle.bundle import BundleManifest, FileFacts, encoded, put, write_bundle
 from meterlib.billing.bundle.check import BundleVerdict, verify_bundle
 from meterlib.billing.bundle.gather import gather
+from meterlib.billing.export.export import Accepted
 from meterlib.billing.postings.postings import Postings
 from meterlib.billing.prices.terms import Terms
 from meterlib.billing.reports.answers import Reader
@@ -148,6 +149,41 @@ def test_rows_of_a_re_rating_verify(books: Ledgers, tmp_path: Path) -> None:
 
     assert ([], []) == (found.problems, found.notes)
     assert b'"found": false' not in files_of(tmp_path / f"acme-{NOVEMBER}.zip")["prices.json"]
+
+
+def test_calls_verify_on_either_side_of_where_their_price_changes(tmp_path: Path) -> None:
+    """By a token of the prompt, or by a millisecond; also where a later book draws the line elsewhere."""
+    ledgers = Ledgers(tmp_path)
+    for prompt in (100_000, 100_001):
+        ledgers.call("2026-10-02", "steep", tokens(input_tokens=prompt))
+    for at in ("2026-10-06T23:59:59.999", "2026-10-07"):
+        ledgers.call(at, usage=tokens(cache_read_input_tokens=1_000_000))
+    ledgers.rate()
+    ledgers.rate_again(BOOK.replace("tokens = 100_000", "tokens = 100_001").replace("2026-10-07", "2026-10-08"))
+
+    found = verify_bundle(bundled(ledgers, tmp_path))
+
+    assert ([], [], 8) == (found.problems, found.notes, found.rows)
+    ledgers.close()
+
+
+def test_a_correction_finds_its_call_among_entries_of_the_same_number(tmp_path: Path) -> None:
+    """The ledger lost some, and went on with their numbers, which somebody accepted."""
+    ledgers = Ledgers(tmp_path)
+    ledgers.call("2026-10-02", usage=tokens(input_tokens=1_000))
+    lost = ledgers.call("2026-10-02", usage=tokens(input_tokens=2_000), reservation_id="lost")
+    ledgers.rate()
+    ledgers.lose(1, "1600000009999")
+    ledgers.call("2026-10-03", usage=tokens(input_tokens=5), reservation_id="found")
+    assert ledgers.export(Accepted(epochs={0: "1600000009999"})).problem is None
+    ledgers.correction(lost, at_ms("2026-10-04"), {"input_tokens": -2_000})
+    ledgers.correction(lost, at_ms("2026-10-05"), {"input_tokens": 70})
+    ledgers.rate()
+
+    found = verify_bundle(bundled(ledgers, tmp_path))
+
+    assert ([], 5) == (found.problems, found.rows)
+    ledgers.close()
 
 
 def test_corrections_verify_by_the_terms_of_their_calls(books: Ledgers, tmp_path: Path) -> None:
