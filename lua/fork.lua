@@ -16,19 +16,21 @@
 -- @include reservation
 -- @include ledger
 
-local OPERATION = '>dddddd'            -- then so many runs of entries
+local OPERATION = '>sdddddddd'         -- then so many runs of entries
+--   seen_id        str   of the last entry that was there when somebody looked: the reservation; empty: there was none
+--   seen_n         int   its number, or 0
+--   seen_booked_ms int   when it was booked
+--   seen_at_ms     ms    the shard's time right before that look
 --   found_epoch    int   the ledger's epoch as it was found; 0: it had none
 --   follows_epoch  int   of the last entry that was exported
 --   follows_n      int   its number
 --   kept_n         int   of the last entry that is as it was exported; 0: none is
---   kept_booked_ms int   when that was booked
 --   run_count      int   how many runs follow, of entries behind that which were exported under other numbers
 
-local RENUMBERED = '>dddd'
+local RENUMBERED = '>ddd'
 --   first_n      int   the first of a run
 --   last_n       int   the last
 --   exported_n   int   the number under which the first was exported; the others follow it
---   last_booked_ms int   when the last was booked
 
 local FORK = '>ddddd'
 --   as in the operation: epoch and number of the entry that the new epoch follows; the new epoch; the first number in
@@ -45,20 +47,27 @@ local function renamed(outcome, call_facts, moved, calls, ids)
   end, 1))
 end
 
--- Whether an entry is the one that whoever decided has seen: a server may fall back further while somebody reads.
-local function stands(n, booked_at)
-  local entry = call('XRANGE', ledger_key, format('%d-0', n), format('%d-0', n))[1] or {nil, {}}
+local function told(entry, name)
   for place = 1, #entry[2], 2 do
-    if entry[2][place] == 'booked_at' then return tonumber(entry[2][place + 1]) == booked_at end
+    if entry[2][place] == name then return entry[2][place + 1] end
   end
-  return false
 end
 
-local found_epoch, follows_epoch, follows_n, kept_n, kept_booked_ms, run_count, at = from_bytes(OPERATION, ARGV[2])
-local known, all_stand = {}, kept_n == 0 or stands(kept_n, kept_booked_ms)
+-- Whether the ledger still is what was seen, and what came since. Its last entry may be gone: then more was lost. If
+-- there are entries behind it that are older than the look, a better copy was put in place; those may be exported.
+local function is_as_seen(seen_id, seen_n, seen_booked_ms, seen_at_ms)
+  local id = format('%d-0', seen_n)
+  local last = call('XRANGE', ledger_key, id, id)[1] or {id, {}}
+  local following = call('XRANGE', ledger_key, format('%d-0', seen_n + 1), '+', 'COUNT', 1)[1]
+  return (told(last, 'id') or '') == seen_id and tonumber(told(last, 'booked_at') or 0) == seen_booked_ms
+    and (not following or (tonumber(told(following, 'booked_at') or 0) or 0) >= seen_at_ms)
+end
+
+local seen_id, seen_n, seen_booked_ms, seen_at_ms, found_epoch, follows_epoch, follows_n, kept_n, run_count,
+  at = from_bytes(OPERATION, ARGV[2])
+local known = {}
 for _ = 1, run_count do
-  local first_n, last_n, exported_n, last_booked_ms, next_at = from_bytes(RENUMBERED, ARGV[2], at)
-  all_stand = all_stand and stands(last_n, last_booked_ms)
+  local first_n, last_n, exported_n, next_at = from_bytes(RENUMBERED, ARGV[2], at)
   for n = first_n, last_n do known[n] = exported_n + n - first_n end
   at = next_at
 end
@@ -70,7 +79,7 @@ local first, from_ms, moved, moved_count, removed = 0, now_ms, {}, 0, {nil}
 local status = 'forked'
 if past_fork[1] == follows_epoch and past_fork[2] == follows_n and past_fork[3] == epoch then
   status = 'repeated'
-elseif found_epoch ~= (head and epoch or 0) or not all_stand then
+elseif found_epoch ~= (head and epoch or 0) or not is_as_seen(seen_id, seen_n, seen_booked_ms, seen_at_ms) then
   status = 'changed'
 else
   local last = call('XREVRANGE', ledger_key, '+', '-', 'COUNT', 1)[1]

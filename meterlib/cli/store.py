@@ -10,10 +10,9 @@ from typing import Any, TypeVar
 from meterlib.config import DEFAULT_URL, FILE_NAME, Config
 from meterlib.core.decisions import LimitState
 from meterlib.core.ledger import LedgerEntry
-from meterlib.core.operations import Peek, Reply
 from meterlib.errors import EmbeddedError, PolicyError, StoreError, StoreUnavailable
 from meterlib.store import flows
-from meterlib.store.commands import Call, Flow, ShardHead
+from meterlib.store.commands import Flow, ShardHead
 from meterlib.store.connect import client_of, driver_for_url, shown_url
 from meterlib.store.drivers import SyncDriver
 from meterlib.store.embedded import parse_embedded_url
@@ -82,7 +81,7 @@ class Store:
         Raises:
             StoreCorrupt: the store is of another layout than the configuration says.
         """
-        return self.run(_clock_ms(shard))
+        return self.run(flows.clock_ms(shard))
 
     def peek(self, tenant: str, attributes: Mapping[str, str]) -> tuple[LimitState, ...]:
         """How every limit that such a call touches stands now."""
@@ -113,11 +112,6 @@ class Store:
         server = getattr(self._driver, "server", None)
         if server is not None:
             server.close()
-
-
-def _clock_ms(shard: int) -> Flow[int]:
-    reply: Reply = yield Call("peek", shard, Peek(()))
-    return int(reply[1])
 
 
 @contextmanager

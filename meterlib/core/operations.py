@@ -206,25 +206,24 @@ class Sweep(NamedTuple):
 
 
 class Renumbered(NamedTuple):
-    """Entries in a row that are exported under other numbers than they have: the first, the last, the first's there.
-
-    And when the last was booked: for whoever decided may have seen another one of that number.
-    """
+    """Entries in a row that are exported under other numbers than they have: the first, the last, the first's there."""
 
     first_n: int
     last_n: int
     exported_n: int
-    last_booked_ms: int
 
 
 class Fork(NamedTuple):
     """Begin another epoch of a ledger that lost what was exported from it."""
 
+    seen_id: str
+    seen_n: int
+    seen_booked_ms: int
+    seen_at_ms: int
     found_epoch: int
     follows_epoch: int
     follows_n: int
     kept_n: int
-    kept_booked_ms: int = 0
     renumbered: tuple[Renumbered, ...] = ()
 
     def packed(self) -> bytes:

@@ -544,10 +544,7 @@ def fork(work: Work, operation: Fork) -> Reply:
     if shard.fork and shard.fork[:3] == (operation.follows_epoch, operation.follows_n, work.epoch):
         work.commit(books=True)
         return ["repeated", work.now_ms, *shard.fork[2:]]
-    booked = {entry["n"]: entry["booked_at"] for entry in shard.ledger} | {0: operation.kept_booked_ms}
-    seen = [(operation.kept_n, operation.kept_booked_ms)]
-    seen += [(run.last_n, run.last_booked_ms) for run in operation.renumbered]
-    if operation.found_epoch != (work.epoch if shard.layout else 0) or any(booked.get(n) != at for n, at in seen):
+    if operation.found_epoch != (work.epoch if shard.layout else 0) or not _is_as_seen(shard, operation):
         work.commit(books=True)
         return ["changed", work.now_ms]
     work.number = max(work.number, operation.follows_n, shard.ledger[-1]["n"] if shard.ledger else 0)
@@ -577,6 +574,14 @@ def fork(work: Work, operation: Fork) -> Reply:
         if isinstance(record, Ended) and record.number in moved:
             shard.records[record_field] = replace(record, number=moved[record.number])
     return ["forked", work.now_ms, *shard.fork[2:]]
+
+
+def _is_as_seen(shard: Shard, operation: Fork) -> bool:
+    """Whether the ledger still is what was seen, and what came since."""
+    seen_id, seen_n, seen_booked_ms, seen_at_ms, *_ = operation
+    last = next(((entry["id"], entry["booked_at"]) for entry in shard.ledger if entry["n"] == seen_n), ("", 0))
+    following = next((entry["booked_at"] for entry in shard.ledger if entry["n"] > seen_n), seen_at_ms)
+    return last == (seen_id, seen_booked_ms) and following >= seen_at_ms
 
 
 def _renamed(outcome: bytes, call: bytes, moved: Mapping[int, int], calls: Mapping[int, tuple[bytes, str]]) -> bytes:

@@ -89,6 +89,15 @@ class KnownSinks(NamedTuple):
     drop: str = ""
 
 
+class Seen(NamedTuple):
+    """The end of a ledger when somebody looked: its last entry, if there was one, and the shard's time before that."""
+
+    id: str
+    n: int
+    booked_ms: int
+    at_ms: int
+
+
 class Forked(NamedTuple):
     """Where a ledger was forked: epoch and number of the entry that its epoch follows, and the first number in that."""
 

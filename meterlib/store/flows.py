@@ -82,6 +82,7 @@ from meterlib.store.commands import (
     ReadOwners,
     ReadPage,
     ReadWindows,
+    Seen,
     ShardHead,
     StoredPage,
     TrimLedger,
@@ -693,27 +694,34 @@ def known_sinks(add: str = "", drop: str = "") -> Flow[list[str]]:
     return names
 
 
+def clock_ms(shard: int) -> Flow[int]:
+    """A shard's own time, in ms since 1970 UTC."""
+    reply: Reply = yield Call("peek", shard, Peek(()))
+    return int(reply[1])
+
+
 def fork(
     shard: int,
     found_epoch: str,
     follows_epoch: str,
     follows_n: int,
     kept_n: int,
-    kept_booked_ms: int = 0,
+    seen: Seen,
     renumbered: tuple[Renumbered, ...] = (),
 ) -> Flow[NewEpoch]:
     """Begin another epoch of a ledger that lost what was exported from it; see `lua/fork.lua`.
 
     Raises:
-        StoreRefused: the ledger is of another epoch than was found, or has lost more since; nothing was written.
+        StoreRefused: the ledger is of another epoch than was found, or is not the one that was seen; nothing was
+            written.
     """
     check_count(follows_n, "follows_n", AMOUNT_MAX)
     check_count(kept_n, "kept_n", AMOUNT_MAX, least=0)
-    operation = Fork(int(found_epoch or 0), int(follows_epoch), follows_n, kept_n, kept_booked_ms, renumbered)
+    operation = Fork(*seen, int(found_epoch or 0), int(follows_epoch), follows_n, kept_n, renumbered)
     reply: Reply = yield Call("fork", shard, operation)
     if _status(reply) == "changed":
-        cause = "the ledger is not what it was when it was looked at (it lost more, or was forked); look again"
-        raise StoreRefused("fork", cause)
+        cause = "the ledger is not what it was when it was looked at (it lost some, got some back, or was forked)"
+        raise StoreRefused("fork", f"{cause}; look again")
     return NewEpoch(epoch=f"{int(reply[2]):013d}", first=int(reply[3]), moved=int(reply[4]))
 
 

@@ -660,6 +660,80 @@ def test_what_is_lost_between_look_and_fork_is_noticed_by_the_store(books: Forge
     assert [*before, *came] == [content(one) for one in books.archived()]
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_what_comes_back_between_look_and_fork_is_noticed_by_the_store(books: ForgetfulBooks, again: bool) -> None:
+    """Finance: a better copy is put in place. Its entries are exported, under their numbers or under others."""
+    books.book(2)
+    books.remember()
+    worse, books.kept = books.kept, {}
+    books.book(2)
+    books.remember()
+    if again:
+        books.export()
+        books.kept = worse
+        books.lose()
+        books.book(2)
+        books.remember()
+        books.fork()
+    else:
+        books.book(1)
+    books.export()
+    better, books.kept = books.kept, worse
+    books.lose()
+    loss = books.loss()
+    assert loss is not None
+    before = [content(one) for one in books.archived()]
+    books.kept = better
+    books.lose()
+
+    with pytest.raises(StoreRefused, match="got some back"):
+        fork(loss, books.run)
+
+    books.fork()
+    books.book(1)
+    assert books.export().problem is None
+    assert [*before, content(books.booked()[-1])] == [content(one) for one in books.archived()]
+
+
+def test_what_is_booked_between_look_and_fork_is_moved_along(books: ForgetfulBooks) -> None:
+    """A gateway that books all the time can be forked: that is no reason to look again."""
+    forgetful(books)
+    loss = books.loss()
+    assert loss is not None
+    books.book(2)
+
+    assert 3 == fork(loss, books.run).moved
+
+    assert books.export().problem is None
+    assert 4 + 2 + 3 == len(books.archived())
+
+
+def test_another_entry_of_the_same_moment_is_not_the_one_that_was_seen(books: ForgetfulBooks) -> None:
+    """The last entry was lost, and what was booked since has its number and its time."""
+    books.book(2)
+    books.remember()
+    far, books.kept = books.kept, {}
+    books.book(1)
+    seen_at_ms = books.clock.now_ms
+    books.remember()
+    books.book(2)
+    books.export()
+    books.lose()
+    loss = books.loss()
+    assert loss is not None
+    books.kept = far
+    books.lose()
+    books.clock.set(seen_at_ms)
+    books.meter.record("acme", {"model": "opus"}, Usage(input_tokens=999), record_id="other")
+
+    with pytest.raises(StoreRefused, match="look again"):
+        fork(loss, books.run)
+
+    books.fork()
+    assert books.export().problem is None
+    assert "other" in [one.reservation_id for one in books.archived()]
+
+
 @pytest.mark.parametrize("kind", ["valkey", "redis"])
 def test_a_full_store_is_forked(tmp_path: Path, kind: str) -> None:
     """Operator: until it is, nothing is exported, and so nothing can be trimmed to make room."""

@@ -92,8 +92,9 @@ def test_a_fork_finds_a_key_of_a_foreign_type_before_it_writes(meter: Meter, dir
     build(meter, clock)
     head = meter.head(0)
     epoch, last = int(head.epoch), head.ledger_last
-    booked_ms = next(entry.booked_at for entry in meter.ledger(0) if entry.n == last - 1)
-    again = Call("fork", 0, Fork(epoch, epoch, last, last - 1, booked_ms))
+    entry = next(entry for entry in meter.ledger(0) if entry.n == last)
+    seen = (entry.reservation_id, last, entry.booked_at, clock.now_ms)
+    again = Call("fork", 0, Fork(*seen, epoch, epoch, last, last - 1))
     saved = raw(direct)
     ask(direct, "DEL", ENDED)
     ask(direct, "SET", ENDED, "junk")

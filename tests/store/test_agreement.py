@@ -337,26 +337,28 @@ class Histories(RuleBasedStateMachine):
         ahead=st.integers(0, 3),
         later=st.sampled_from([False, False, True]),
         runs=st.lists(st.integers(0, 2), max_size=2),
+        since=st.sampled_from([0, 0, 0, 1, 2]),
+        early_ms=st.sampled_from([0, 1, 5_000]),
     )
-    def fork(self, kept: int, ahead: int, later: bool, runs: list[int]) -> None:
+    def fork(self, kept: int, ahead: int, later: bool, runs: list[int], since: int, early_ms: int) -> None:
         """The ledger lost its last entries, and was exported further than it is now; more than once, perhaps, and some
-        of its entries under the numbers of a fork that it lost."""
+        of its entries under the numbers of a fork that it lost. Some entries are there that nobody has seen."""
         if not self.shard.layout:
             return
         before = self.shard.number
         kept_n = max(0, before - kept)
         follows_epoch = self.shard.epoch + 5_000_000 * later
         follows_n = max(1, before + ahead)
-        booked = {entry["n"]: entry["booked_at"] for entry in self.shard.ledger}
-        while kept_n and kept_n not in booked:  # its number was left out by a fork
-            kept_n -= 1
         known = []
         for at, more in enumerate(runs):
             follows_n += 3
-            last_n = kept_n + 1 + 3 * at + more
-            if last_n in booked:
-                known.append(Renumbered(kept_n + 1 + 3 * at, last_n, follows_n - 2, booked[last_n]))
-        operation = Fork(self.shard.epoch, follows_epoch, follows_n, kept_n, booked.get(kept_n, 0), tuple(known))
+            known.append(Renumbered(kept_n + 1 + 3 * at, kept_n + 1 + 3 * at + more, follows_n - 2))
+        (last, *unseen) = [{"id": "", "n": 0, "booked_at": 0}, *self.shard.ledger][-1 - since :]
+        seen = (last["id"], last["n"], last["booked_at"], self.now_ms - early_ms)
+        operation = Fork(*seen, self.shard.epoch, follows_epoch, follows_n, kept_n, tuple(known))
+        if unseen and unseen[0]["booked_at"] < operation.seen_at_ms:
+            assert "changed" == self.call("fork", [operation])[0][0]
+            return
         exported = {number for run in known for number in range(run.first_n, run.last_n + 1)}
         moving = [number for number in self.numbers if number > kept_n and number not in exported]
         for entry in self.shard.ledger:

@@ -24,7 +24,7 @@ from meterlib.core.ledger import LedgerEntry
 from meterlib.core.operations import Renumbered
 from meterlib.errors import IntegrityError, StoreUnavailable
 from meterlib.store import flows
-from meterlib.store.commands import ShardHead
+from meterlib.store.commands import Seen, ShardHead
 from meterlib.store.flows import NewEpoch
 
 PAGE = 2000
@@ -42,7 +42,6 @@ class Kept(NamedTuple):
         epoch, n: as it was exported.
         stored_n: its number in the store.
         same_n: of the last one that has the number under which it was exported; none below it was lost or moved.
-        same_booked_ms: when that was booked.
         renumbered: those behind that, up to the last kept one, and what they were exported as.
     """
 
@@ -50,7 +49,6 @@ class Kept(NamedTuple):
     n: int = 0
     stored_n: int = 0
     same_n: int = 0
-    same_booked_ms: int = 0
     renumbered: tuple[Renumbered, ...] = ()
 
 
@@ -84,6 +82,7 @@ class Loss(msgspec.Struct, kw_only=True):
         problem: what stops its export.
         found_epoch: the ledger's epoch now; empty if it has none.
         exported: how far it was exported, by the sink that is furthest.
+        seen: where the ledger ended.
         kept: the last entry that is the same on both sides.
         lost: entries that were exported behind it, and are not in the store any more.
         unexported: entries that are in the store and were never exported.
@@ -94,6 +93,7 @@ class Loss(msgspec.Struct, kw_only=True):
     problem: IntegrityError
     found_epoch: str
     exported: Position
+    seen: Seen
     kept: Kept
     lost: Side
     unexported: Side
@@ -118,13 +118,14 @@ def loss_of(sinks: Sequence[Sink[Any]], run: Run, shard: int) -> Loss | None:
         if own.n and line not in [one for part in furthest.between(shard, own.n, own.n) for one in part]:
             entry = f"{shard}:{own.n}"
             raise IntegrityError("conflict", f"{sink.place} has another entry {entry} than {furthest.place}", (entry,))
+    at_ms = run(flows.clock_ms(shard))
     head = run(flows.read_head(shard))
     try:
         Start(shard, position, known, head, run).found(None)
     except IntegrityError as problem:
         if problem.problem not in ("regress", "conflict", "epoch"):
             raise
-        return _told(furthest, run, shard, head, position, problem)
+        return _told(furthest, run, shard, head, _seen(run, shard, head, at_ms), position, problem)
     return None
 
 
@@ -135,16 +136,32 @@ def fork(loss: Loss, run: Run) -> NewEpoch:
         StoreError: the store failed, or was busy much longer than this should have taken it; repeating is safe.
     """
     exported, kept = loss.exported, loss.kept
+    follows = (exported.epoch, exported.n)
     patient_until_s = time.monotonic() + PATIENCE * loss.move_ms / 1000
     while True:
         try:
-            return run(flows.fork(loss.shard, loss.found_epoch, exported.epoch, exported.n, *kept[3:]))
+            return run(flows.fork(loss.shard, loss.found_epoch, *follows, kept.same_n, loss.seen, kept.renumbered))
         except StoreUnavailable:
             if time.monotonic() > patient_until_s:
                 raise
 
 
-def _told(sink: Sink[Any], run: Run, shard: int, head: ShardHead, position: Position, problem: IntegrityError) -> Loss:
+def _seen(run: Run, shard: int, head: ShardHead, at_ms: int) -> Seen:
+    page = run(flows.read_stored(shard, head.ledger_last - 1, 1)) if head.ledger_last else []
+    for n, fields in page:
+        return Seen(fields.get(b"id", b"").decode(), n, int(fields.get(b"booked_at", b"0")), at_ms)
+    return Seen("", 0, 0, at_ms)
+
+
+def _told(
+    sink: Sink[Any],
+    run: Run,
+    shard: int,
+    head: ShardHead,
+    seen: Seen,
+    position: Position,
+    problem: IntegrityError,
+) -> Loss:
     kept = _known(sink, run, shard, _kept(sink, run, shard, head))
     unexported, ids = Side(), set()
     for n, fields in _stored(run, shard, kept.stored_n):
@@ -168,6 +185,7 @@ def _told(sink: Sink[Any], run: Run, shard: int, head: ShardHead, position: Posi
         problem=problem,
         found_epoch=head.epoch,
         exported=position,
+        seen=seen,
         kept=kept,
         lost=lost,
         unexported=unexported,
@@ -184,7 +202,7 @@ def _kept(sink: Sink[Any], run: Run, shard: int, head: ShardHead) -> Kept:
         page = run(flows.read_stored(shard, first - 1, last - first + 1))
         for n, fields in reversed(page):
             if n <= last and _line(n, fields) in exported:
-                return Kept(fields[b"epoch"].decode(), n, n, n, int(fields[b"booked_at"]))
+                return Kept(fields[b"epoch"].decode(), n, n, n)
         last = first - 1
     return Kept()
 
@@ -199,14 +217,14 @@ def _known(sink: Sink[Any], run: Run, shard: int, kept: Kept) -> Kept:
                 if (n := stored.pop(_content(line), 0)) > kept.stored_n:
                     exported_n, fields = fields_of(line)
                     kept = kept._replace(epoch=fields[b"epoch"].decode(), n=exported_n, stored_n=n)
-                    _add(runs, Renumbered(n, n, exported_n, int(fields[b"booked_at"])))
+                    _add(runs, Renumbered(n, n, exported_n))
     return kept._replace(renumbered=tuple(runs))
 
 
 def _add(runs: list[Renumbered], one: Renumbered) -> None:
-    last = runs[-1] if runs else Renumbered(0, 0, 0, 0)
+    last = runs[-1] if runs else Renumbered(0, 0, 0)
     if runs and one.first_n == last.last_n + 1 and one.exported_n == last.exported_n + one.first_n - last.first_n:
-        runs[-1] = last._replace(last_n=one.last_n, last_booked_ms=one.last_booked_ms)
+        runs[-1] = last._replace(last_n=one.last_n)
     else:
         runs.append(one)
 
