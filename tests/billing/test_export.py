@@ -13,10 +13,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from meterlib import Usage
 from meterlib.billing.archive import drafts, segments
 from meterlib.billing.archive.archive import Archive
 from meterlib.billing.export.export import Accepted, Exporter
 from meterlib.billing.export.trim import trim
+from meterlib.core.usage import Iteration
 from meterlib.errors import IntegrityError
 from tests.billing.exporting import LEDGER, Books
 
@@ -101,6 +103,21 @@ def test_memory_does_not_grow_with_the_backlog(tmp_path: Path) -> None:
 
 
 # ── What stops an export ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_entries_of_many_megabytes_are_exported_among_others(tmp_path: Path) -> None:
+    """A call of a hundred thousand passes is told as it was, and so are those around it."""
+    books = Books(tmp_path, block=1000)
+    passes = (Iteration(type="compaction", model="claude-opus-4-5", input_tokens=123_456, output_tokens=1),) * 100_000
+    books.book(5)
+    for number in range(5):
+        usage = Usage(input_tokens=number, iterations=passes)
+        books.meter.record("acme", {"model": "opus"}, usage, record_id=f"large-{number}")
+    books.book(5)
+
+    assert books.export().problem is None
+
+    assert books.booked() == books.archived()
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,7 @@ class Draft(ABC):
         first, last: their numbers.
         link: the link behind the last one.
         size: bytes of all lines, without their ends.
+        longest: bytes of the longest one.
     """
 
     def __init__(self, shard: int, epoch: str, first: int, position: Position) -> None:
@@ -98,6 +99,7 @@ class Draft(ABC):
         self.last = first - 1
         self.link = position.link
         self.size = 0
+        self.longest = 0
 
     def add(self, lines: Sequence[bytes], unknown: Iterable[str] = ()) -> None:
         """Take up the next lines, and names in them that no column is made of."""
@@ -111,6 +113,7 @@ class Draft(ABC):
             raise odd(self.shard, self.last + 1, "it has what is no printable text")
         self.keep(text, unknown)
         self.size += len(text) - len(lines) + 1
+        self.longest = max(self.longest, *map(len, lines))
         self.link = chained(self.link, lines)
         self.last += len(lines)
 
@@ -152,6 +155,7 @@ class FileDraft(Draft):
             link=self.link,
             unknown=sorted(self._unknown),
             size=self.size,
+            longest=self.longest,
         )
 
     def discard(self) -> None:

@@ -129,6 +129,10 @@ def entry_from(shard: int, line: bytes) -> LedgerEntry:
     return entry_of(shard, *fields_of(line))
 
 
+LINE_MAX = 16_000_000
+_LINE_USUAL = 625_000
+
+
 def chained(link: bytes, lines: Iterable[bytes]) -> bytes:
     """The link behind these lines: each is the digest of the link before it and of its line.
 
@@ -145,12 +149,15 @@ def first_link(shard: int) -> bytes:
     return sha256(b"meterlib archive %d, shard %d" % (SCHEMA, shard)).digest()
 
 
-def rows_of_csv(path: str) -> str:
-    """SQL for all columns of the lines of a file."""
+def rows_of_csv(path: str, longest: int) -> str:
+    """SQL for all columns of the lines of a file, of which the longest has so many bytes."""
+    # DuckDB fills a buffer with zeros for each file. One of less than some times the longest line it may refuse or read
+    # wrongly; one that is fit for the longest lines that are allowed would take half a gigabyte.
+    line_max = min(LINE_MAX, max(_LINE_USUAL, longest + 16))
     columns = ", ".join(f"{name}: '{kind}'" for name, kind in VERBATIM.items())
     source = (
         f"read_csv({quoted(path)}, columns = {{{columns}}}, delim = chr(31), header = false, auto_detect = false,"
-        " quote = '', escape = '', new_line = '\\n', max_line_size = 16000000, buffer_size = 20000000)"
+        f" quote = '', escape = '', new_line = '\\n', max_line_size = {line_max}, buffer_size = {32 * line_max})"
     )
     return made_from(source, ", ".join(VERBATIM))
 

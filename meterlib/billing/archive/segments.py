@@ -104,6 +104,7 @@ class Range(msgspec.Struct, frozen=True, kw_only=True):
     link: bytes
     unknown: list[str]
     size: int  # bytes of all lines, without their ends
+    longest: int  # bytes of the longest one
 
 
 class VanishedError(Exception):
@@ -134,10 +135,9 @@ def _stage(database: Any, lines: Path, told: Range) -> Facts:
     """Read the lines into a table; what they are, as they stand there."""
     import duckdb
 
+    source = rows_of_csv(str(lines), told.longest)
     try:
-        database.execute(
-            f"CREATE OR REPLACE TEMP TABLE segment AS SELECT {told.shard} AS shard, * FROM ({rows_of_csv(str(lines))})"
-        )
+        database.execute(f"CREATE OR REPLACE TEMP TABLE segment AS SELECT {told.shard} AS shard, * FROM ({source})")
         held = database.execute(f"SELECT count(*), sum({LINE_SIZE}) FROM segment").fetchone()
     except (duckdb.ConversionException, duckdb.InvalidInputException) as error:
         raise _unfit(told, str(error).partition("\n")[0]) from None
