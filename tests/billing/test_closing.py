@@ -21,6 +21,7 @@ from meterlib.billing.months import month_named
 from meterlib.billing.postings.closes import Close, closes_of, digest_of, encoded
 from meterlib.billing.postings.closing import Closing, Word
 from meterlib.billing.postings.postings import Postings
+from meterlib.billing.postings.repeats import Repeat, repeats_of
 from meterlib.billing.rating.rating import rate
 from meterlib.cli import main
 from meterlib.core.ledger import Settlement
@@ -535,6 +536,24 @@ def test_a_call_that_was_settled_again_after_a_loss_is_told_of(
     assert f"warning: 1 calls are in the ledger twice, and billed twice: acme's twice as 0:2 and 0:{n}" in (
         capsys.readouterr().err
     )
+
+
+def test_a_correction_of_another_entry_of_the_same_number_does_not_hide_a_call_told_twice(ledgers: Ledgers) -> None:
+    """The ledger lost that entry, and went on with its number."""
+    at = at_ms("2026-10-05")
+    ledgers.call(at, kind="recorded", reservation_id="twice")
+    lost = ledgers.call(at, kind="recorded", reservation_id="lost")
+    ledgers.rate()
+    ledgers.lose(1, "1600000009999")
+    ledgers.call(at + 1, kind="recorded", reservation_id="twice")
+    assert ledgers.export(Accepted(epochs={0: "1600000009999"})).problem is None
+    ledgers.correction(lost, at + 2, {"input_tokens": -5})
+    ledgers.rate()
+
+    with ledgers.archive() as archive:
+        found = repeats_of(Postings(archive, ledgers.tz), at, at + 10)
+
+    assert [Repeat("acme", "twice", "0:1", "0:2")] == found
 
 
 def test_a_close_that_was_changed_is_found(ledgers: Ledgers, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,12 +55,16 @@ def _repeats_of(postings: Postings, from_ms: int, until_ms: int) -> list[Repeat]
             SELECT epoch, shard, n, tenant, reservation_id FROM ({entries})
             WHERE kind IN {_USED} AND reservation_id IN (SELECT reservation_id FROM again)
         ), corrected AS (
-            SELECT adjusts FROM ({entries}) WHERE kind = 'adjusted' AND adjusts <> ''
+            SELECT adjusts AS place, coalesce(outcome ->> '$.adjusts_id', '') AS id
+            FROM ({entries}) WHERE kind = 'adjusted' AND adjusts <> ''
         )
         SELECT a.tenant, a.reservation_id, concat(u.shard, ':', u.n), concat(a.shard, ':', a.n)
         FROM again a JOIN used u ON u.shard = a.shard AND u.tenant = a.tenant AND u.reservation_id = a.reservation_id
             AND (u.epoch, u.n) < (a.epoch, a.n)
-        WHERE concat(u.shard, ':', u.n) NOT IN (FROM corrected) AND concat(a.shard, ':', a.n) NOT IN (FROM corrected)
+        WHERE NOT EXISTS (
+            FROM corrected c WHERE c.place IN (concat(u.shard, ':', u.n), concat(a.shard, ':', a.n))
+            AND c.id IN ('', a.reservation_id)
+        )
         QUALIFY row_number() OVER (PARTITION BY a.epoch, a.shard, a.n ORDER BY u.epoch DESC, u.n DESC) = 1
         ORDER BY a.shard, a.epoch, a.n
     """
