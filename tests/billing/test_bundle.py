@@ -159,6 +159,7 @@ def test_calls_verify_on_either_side_of_where_their_price_changes(tmp_path: Path
     for at in ("2026-10-06T23:59:59.999", "2026-10-07"):
         ledgers.call(at, usage=tokens(cache_read_input_tokens=1_000_000))
     ledgers.rate()
+    assert [] == verify_bundle(bundled(ledgers, tmp_path)).problems
     ledgers.rate_again(BOOK.replace("tokens = 100_000", "tokens = 100_001").replace("2026-10-07", "2026-10-08"))
 
     found = verify_bundle(bundled(ledgers, tmp_path))
@@ -174,15 +175,16 @@ def test_a_correction_finds_its_call_among_entries_of_the_same_number(tmp_path: 
     lost = ledgers.call("2026-10-02", usage=tokens(input_tokens=2_000), reservation_id="lost")
     ledgers.rate()
     ledgers.lose(1, "1600000009999")
-    ledgers.call("2026-10-03", usage=tokens(input_tokens=5), reservation_id="found")
+    found = ledgers.call("2026-10-03", usage=tokens(input_tokens=5), reservation_id="found")
     assert ledgers.export(Accepted(epochs={0: "1600000009999"})).problem is None
-    ledgers.correction(lost, at_ms("2026-10-04"), {"input_tokens": -2_000})
-    ledgers.correction(lost, at_ms("2026-10-05"), {"input_tokens": 70})
-    ledgers.rate()
+    ledgers.rate(terms=OTHER_TERMS)
+    for call, count in ((lost, -2_000), (found, 4), (lost, 70)):
+        ledgers.correction(call, at_ms("2026-10-04"), {"input_tokens": count})
+    ledgers.rate(terms={})
 
-    found = verify_bundle(bundled(ledgers, tmp_path))
+    verdict = verify_bundle(bundled(ledgers, tmp_path))
 
-    assert ([], 5) == (found.problems, found.rows)
+    assert ([], 6) == (verdict.problems, verdict.rows)
     ledgers.close()
 
 
