@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+SUM_MAX = 2**53 - 1
+
 
 @dataclass
 class Rule:
@@ -53,7 +55,8 @@ class Judge:
         self.charges: list[Charge] = []
         self.terminal: dict[str, list[str]] = {}
         self.entries: list[tuple[str, str]] = []
-        self.full: set[str] = set()  # windows that hold less than is told here: see `counted`
+        self.full: set[str] = set()  # windows that may hold less than is told here: see `_charged`
+        self.now_ms = 0
 
     # what counts
 
@@ -76,18 +79,22 @@ class Judge:
         return sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
 
     def counted(self, window: str, settled: int, held: int, now_ms: int) -> None:
-        """What the store says a window counts must be what its calls make it count.
-
-        Sums saturate at 2**53 - 1: what finds no room is not counted, also when there is room later, until the window
-        is empty. Such a window admits and denies by what it holds, which is not known here.
-        """
+        """What the store says a window counts must be what its calls make it count."""
+        self.now_ms = now_ms
         told = self.used(window, now_ms)
-        if max(settled, held) >= 2**52:
-            self.full.add(window)
-        elif told == (settled, held) == (0, 0):
+        if told == (settled, held) == (0, 0):
             self.full.discard(window)
 
         assert window in self.full or told == (settled, held)
+
+    def _charged(self, charges: list[Charge]) -> None:
+        """Sums saturate: what finds no room is not counted, also when there is room later.
+
+        Until it is empty, such a window admits and denies by what it holds, which is not known here.
+        """
+        for window in {charge.rule.window for charge in charges}:
+            if sum(self.used(window, self.now_ms)) > SUM_MAX:
+                self.full.add(window)
 
     def exact_log(self, rule: Rule, now_ms: int, length_ms: int) -> int:
         """What an exact log of this length would count, to the ms."""
@@ -138,6 +145,7 @@ class Judge:
             call.charges.append(Charge(rule, now_ms, held=amount, lease_ms=now_ms + lease_ms))
         self.calls[call_id] = call
         self.charges += call.charges
+        self._charged(call.charges)
 
     def denied(self, wanted: list[tuple[Rule, int]], verdicts: list[str], now_ms: int) -> None:
         assert any(verdict != "passes" for verdict in verdicts)
@@ -164,6 +172,7 @@ class Judge:
         for charge in call.charges:
             charge.held = amounts.get(charge.rule.unit, charge.held)
             charge.lease_ms = lease_end_ms
+        self._charged(call.charges)
 
     def ended(self, call_id: str, kind: str) -> None:
         """The first end of an open call."""
@@ -175,6 +184,7 @@ class Judge:
         for charge in self.calls[call_id].charges:
             amount = amounts.get(charge.rule.unit, charge.held)
             charge.settled, charge.held = (0 if charge.rule.span == "open" else amount), 0
+        self._charged(self.calls[call_id].charges)
         self.ended(call_id, "settled")
 
     def cancelled(self, call_id: str) -> None:
@@ -187,6 +197,7 @@ class Judge:
         for charge in self.calls[call_id].charges:
             if charge.rule.span != "open":
                 charge.settled = amounts.get(charge.rule.unit, charge.settled)
+        self._charged(self.calls[call_id].charges)
         self.calls[call_id].status = "late"
         self.entries.append(("late", call_id))
 
@@ -198,4 +209,5 @@ class Judge:
                 call.charges.append(Charge(rule, now_ms, settled=amount))
         self.calls[call_id] = call
         self.charges += call.charges
+        self._charged(call.charges)
         self.entries.append((kind, call_id))
