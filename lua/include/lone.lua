@@ -1,7 +1,7 @@
--- lone: answers a call of one reservation that finds what is usual in windows with sub-windows, and in periods, of a busy
--- tenant: its id is unknown; each limit has room for it, and was charged last at the very time at which it is to be
--- charged now, or never. This needs no functions and hardly a table; with what else it leaves out it saves a quarter of
--- a reserve. All else is left to the long way, where the same is said of these, too.
+-- lone: answers a call of one reservation that finds what is usual in windows with sub-windows, and in periods, of a
+-- busy tenant: its id is unknown; each limit has room for it, and was charged last at the very time at which it is to
+-- be charged now, or never. This needs no functions and hardly a table; with what else it leaves out it saves a
+-- quarter of a reserve. All else is left to the long way, where the same is said of these, too.
 
 local operation, described, usual, begun = ARGV[2], '', true, nil
 local field, lease_ms, limit_count, at = from_bytes(OPERATION, operation)

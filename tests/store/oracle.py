@@ -78,11 +78,18 @@ class Judge:
         pairs = [self.counts(charge, now_ms) for charge in self.charges if charge.rule.window == window]
         return sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
 
-    def counted(self, window: str, settled: int, held: int, now_ms: int) -> None:
-        """What the store says a window counts must be what its calls make it count."""
-        self.now_ms = now_ms
+    def counted(self, window: str, settled: int, held: int, now_ms: int, written_ms: int) -> None:
+        """What the store says a window counts must be what its calls make it count.
+
+        Args:
+            window: which.
+            settled: what the store says; so `held`.
+            now_ms: when it was asked. Asking alone does not keep its time from being set back.
+            written_ms: when it wrote last, and so a time that is over for good.
+        """
+        self.now_ms = written_ms
         told = self.used(window, now_ms)
-        if told == (settled, held) == (0, 0):
+        if told == (settled, held) == (0, 0) == self.used(window, written_ms):
             self.full.discard(window)
 
         assert window in self.full or told == (settled, held)

@@ -423,7 +423,7 @@ class Histories(RuleBasedStateMachine):
 
             assert settled >= 0
             assert held >= 0
-            self.judge.counted(limit.window, settled, held, reply[1])
+            self.judge.counted(limit.window, settled, held, reply[1], self.shard.clock_ms)
 
     @invariant()
     def every_id_is_found_as_it_is(self) -> None:
