@@ -15,6 +15,7 @@ import msgspec
 import pytest
 
 from meterlib import LedgerEntry
+from meterlib.billing import duck
 from meterlib.billing.archive.archive import Archive
 from meterlib.billing.archive.segments import KEY
 from meterlib.billing.archive.verify import Known, ShardVerdict, verify
@@ -249,7 +250,9 @@ def forged_rated(file: Path, change: str, facts_too: Callable[[Any], Any] = lamb
     if isinstance(facts, dict):
         facts["sums"] = sums
     scratch = file.with_name("scratch")
-    database.execute(f"COPY rated TO '{scratch}' (FORMAT parquet, KV_METADATA {{{KEY}: '{json.dumps(facts)}'}})")
+    database.execute(
+        f"COPY rated TO '{scratch}' (FORMAT parquet, KV_METADATA {{{KEY}: {duck.quoted(json.dumps(facts))}}})"
+    )
     digest = sha256(scratch.read_bytes()).hexdigest()[:16]
     name = f"{file.name[:-24]}{digest}.parquet"
     scratch.rename(file.with_name(name))
@@ -437,7 +440,7 @@ def rated_copy_entries() -> list[LedgerEntry]:
     return [entry("plain", tokens(input_tokens=n), f"2026-10-{n:02}") for n in range(1, 7)]
 
 
-@pytest.mark.parametrize("schema", [1, 3])
+@pytest.mark.parametrize("schema", [2, 4])
 def test_rows_of_another_version_are_told_as_such_and_nothing_is_made_of_them(tmp_path: Path, schema: int) -> None:
     """What they were rated by is not there to be found, so no correction could be: the message says what to do."""
     ledgers = Ledgers(tmp_path)

@@ -45,7 +45,7 @@ from meterlib.billing.rating.rating_sql import COLUMNS
 from meterlib.core.money import ZERO, plus
 from meterlib.errors import IntegrityError
 
-RATED_SCHEMA = 2
+RATED_SCHEMA = 3
 FOLDER = "rated"
 STORED = {**COLUMNS, "booked_at_ms": "BIGINT", "touches_ms": "BIGINT"}
 """Columns of a file of rated rows.

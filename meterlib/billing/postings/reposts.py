@@ -19,7 +19,7 @@ from meterlib.billing.prices.pinned import Scale
 from meterlib.errors import IntegrityError
 
 MANIFEST = "manifest.json"
-REPOST_SCHEMA = 2
+REPOST_SCHEMA = 3
 _FOLDER = re.compile(r"rating-([0-9]{4,})")
 
 

@@ -1,8 +1,9 @@
 """Prices as they were looked up, in full: what is rated later about the same calls finds them, whatever books say.
 
-A scale is what the books said of one model, way of service and place: the rates of all lengths of prompts, and from
-when to when they held. Whoever rates writes down the scales of what was rated; a correction of a call is rated by the
-scale of the call, though the price that it needs may be of another length of prompt or kind of token.
+A scale is what the books said of one model, way of service and place: the rates of all lengths of prompts, or that
+there were none, and from when to when that held. Whoever rates writes down the scales of what was rated; a correction
+of a call is rated by the scale of the call, though the price that it needs may be of another length of prompt or kind
+of token.
 """
 
 from __future__ import annotations
@@ -18,13 +19,17 @@ Key = tuple[str, str, str, str]
 """Provider and model as calls name it, way of service and place."""
 
 
-class Scale(msgspec.Struct, frozen=True, kw_only=True):
+class Scale(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The rates of one model, way of service and place, for each length of prompt, the shortest first.
+
+    That no book had a price is written down as well: of calls that were rated by other books, it may be contradicted.
 
     Attributes:
         model: by the name that the call or its answer says; a rate has the book's name.
         from_ms: the rates are of calls from this moment on, in ms since 1970 UTC.
         until_ms: and before this one.
+        rates: empty if there was no price.
+        unpriced: and why not.
     """
 
     provider: str
@@ -34,6 +39,12 @@ class Scale(msgspec.Struct, frozen=True, kw_only=True):
     from_ms: int
     until_ms: int
     rates: tuple[Rate, ...]
+    unpriced: str = ""
+
+    @property
+    def found(self) -> tuple[Rate, ...] | Unpriced:
+        """What the books said."""
+        return self.rates or Unpriced(self.unpriced)
 
     @property
     def key(self) -> Key:
@@ -42,21 +53,27 @@ class Scale(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def scales_of(books: PriceBooks, key: Key, first_ms: int, last_ms: int) -> list[Scale]:
-    """What books say of calls between two moments, both included; nothing of those that they have no price for."""
+    """What books say of calls between two moments, both included."""
     provider, model, variant, geo = key
-    found: list[Scale] = []
-    for from_ms, until_ms in pairwise(books.changes(provider, model)):
-        if from_ms <= last_ms and first_ms < until_ms:
-            rates = books.rates(provider, model, at_ms=from_ms, variant=variant, geo=geo)
-            if not isinstance(rates, Unpriced):
-                found.append(_scale(key, from_ms, until_ms, rates))
-    return found
+    return [
+        _scale(key, from_ms, until_ms, books.rates(provider, model, at_ms=from_ms, variant=variant, geo=geo))
+        for from_ms, until_ms in pairwise(books.changes(provider, model))
+        if from_ms <= last_ms and first_ms < until_ms
+    ]
 
 
-def _scale(key: Key, from_ms: int, until_ms: int, rates: tuple[Rate, ...]) -> Scale:
+def _scale(key: Key, from_ms: int, until_ms: int, found: tuple[Rate, ...] | Unpriced) -> Scale:
     provider, model, variant, geo = key
+    rates, unpriced = ((), found.reason) if isinstance(found, Unpriced) else (found, "")
     return Scale(
-        provider=provider, model=model, variant=variant, geo=geo, from_ms=from_ms, until_ms=until_ms, rates=rates
+        provider=provider,
+        model=model,
+        variant=variant,
+        geo=geo,
+        from_ms=from_ms,
+        until_ms=until_ms,
+        rates=rates,
+        unpriced=unpriced,
     )
 
 
@@ -95,7 +112,7 @@ class PinnedBooks(PriceBooks):
         """The rates of each length of prompt, the shortest first."""
         for scale in self._scales.get((provider, model, variant, geo), ()):
             if scale.from_ms <= at_ms < scale.until_ms:
-                return scale.rates
+                return scale.found
         return self._otherwise.rates(provider, model, at_ms=at_ms, variant=variant, geo=geo)
 
     def changes(self, provider: str, model: str) -> list[int]:
