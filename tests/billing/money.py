@@ -141,6 +141,7 @@ def usages(iterations: bool = True) -> st.SearchStrategy[Usage]:
         cache_creation_input_tokens=counts,
         cache_read_input_tokens=counts,
         output_tokens=known | counts,
+        requests=st.none() | st.integers(0, 3),
         cache_creation=st.none() | caches,
         server_tool_use=st.none() | tools,
         service_tier=st.none() | st.sampled_from(["standard", "batch", "priority"]),

@@ -28,7 +28,7 @@ from meterlib.billing.prices.terms import Terms
 from meterlib.billing.reports.answers import Reader
 from meterlib.billing.reports.invoice import invoice
 from tests.billing.money import BOOK, at_ms, entries, entry, tokens
-from tests.billing.posting import DEARER, Ledgers
+from tests.billing.posting import DEARER, WIDER, Ledgers
 
 SECRET = "nobody-elses-business"
 OCTOBER, NOVEMBER = "2026-10", "2026-11"
@@ -237,14 +237,80 @@ def test_a_correction_of_a_call_that_nothing_was_known_of_verifies(tmp_path: Pat
     assert ([], 4) == (found.problems, found.rows)
 
 
+SPLIT = ("ephemeral_5m_input_tokens", "ephemeral_1h_input_tokens")
+
+
+def test_several_corrections_of_a_call_are_each_counted_once(tmp_path: Path) -> None:
+    """What is told of a cache write is told of what is not told yet: counted twice, it is not the same."""
+    ledgers = Ledgers(tmp_path)
+    call = ledgers.call("2026-10-02", usage=tokens(cache_creation_input_tokens=900))
+    for at, name in enumerate(SPLIT):
+        ledgers.correction(call, call.booked_at + at, {"cache_creation": {name: 400 + 50 * at}})
+    ledgers.rate()
+
+    found = verify_bundle(bundled(ledgers, tmp_path))
+
+    assert ([], [], 5) == (found.problems, found.notes, found.rows)
+    ledgers.close()
+
+
+@pytest.mark.parametrize("prompt", [90_000, 110_000])
+def test_several_calls_in_one_entry_verify(tmp_path: Path, prompt: int) -> None:
+    """Of a model whose price depends on the length of each prompt; in one tier, by the average, and it is told."""
+    ledgers = Ledgers(tmp_path)
+    several = tokens(input_tokens=prompt, output_tokens=4, requests=3, cache_creation_input_tokens=7)
+    for model in ("steep", "plain", "nobody-knows", "old"):
+        ledgers.call("2026-10-02", model, several)
+    call = ledgers.call("2026-10-02", "steep", several | {"iterations": [{"type": "compaction", "input_tokens": 9}]})
+    ledgers.correction(call, call.booked_at + 1, {"output_tokens": 50})
+    ledgers.rate()
+    path = bundled(ledgers, tmp_path)
+
+    found = verify_bundle(path)
+
+    assert ([], []) == (found.problems, found.notes)
+    files = files_of(path)
+    assert files["rows.csv"].count(b"tier_of_average") == 7
+    for lie in (b",", b"split_unknown,"):
+        changed = sealed(path, files | {"rows.csv": files["rows.csv"].replace(b"tier_of_average", lie[:-1], 1)})
+        assert any("flags" in problem for problem in changed.problems)
+    ledgers.close()
+
+
+changes = st.fixed_dictionaries(
+    {},
+    optional={
+        "input_tokens": st.integers(-5, 120_000),
+        "output_tokens": st.integers(-5, 5),
+        "cache_read_input_tokens": st.integers(0, 120_000),
+        "cache_creation_input_tokens": st.integers(-5, 500),
+        "cache_creation": st.fixed_dictionaries({}, optional=dict.fromkeys(SPLIT, st.integers(-5, 300))),
+        "server_tool_use": st.just({"web_search_requests": 1}),
+    },
+)
+bursts = st.tuples(
+    st.lists(entries(), min_size=1, max_size=5),
+    st.lists(st.tuples(st.integers(0, 30), changes), max_size=3),
+    st.sampled_from([BOOK, WIDER, DEARER]),
+    st.sampled_from([None, None, BOOK, WIDER]),
+)
+
+
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(several=st.lists(entries(), max_size=12))
-def test_whatever_was_used_verifies(several: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Any usage of any kind of call, at any price."""
+@given(history=st.lists(bursts, max_size=4))
+def test_whatever_was_used_verifies(history: list[Any], tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Any usage of any kind of call, corrections of any of them, at prices that change and go; all again, too."""
     folder = tmp_path_factory.mktemp("any")
     books = Ledgers(folder)
-    added = books.add(list(several))
-    books.rate()
+    for several, corrections, book, anew in history:
+        books.add(several)
+        for which, change in corrections:
+            books.correction(books.entries[which % len(books.entries)], at_ms("2026-11-25"), change)
+        books.rate(book)
+        if anew is not None:
+            books.rate_again(anew)
+    added = books.entries
+    books.export()
 
     periods = {row[0] for row in books.query("SELECT DISTINCT period FROM rows")} | {OCTOBER}
     for tenant in ("acme", "globex"):
@@ -362,7 +428,10 @@ def _add_to_amount(files: dict[str, bytes]) -> None:
         (_drop_row, "counts"),
         (_add_to_total, "the total in USD is not what the lines add up to"),
         (_add_to_amount, "is not what the rows add up to"),
-        (_replace("entries.jsonl", 'output_tokens\\":77', 'output_tokens\\":78'), "says 77 output, the entry 78"),
+        (
+            _replace("entries.jsonl", 'output_tokens\\":77', 'output_tokens\\":78'),
+            "output: it says quantity 77, the entry 78",
+        ),
         (_replace("entries.jsonl", 'tenant\\":\\"acme', 'tenant\\":\\"evil'), "somebody else|another tenant"),
         (_replace("terms.json", '"0.125"', '"0.225"'), "does not follow from the list price by the terms"),
         (_replace("terms.json", '"0.05"', '"0.06"'), "the fee does not follow"),

@@ -257,6 +257,8 @@ class _Check:
             own = entry if entry is not None and _place(entry) == place else None
             mine = list(rows)
             check.rows(place, mine, own)
+            if own is not None:
+                entry = next(entries, None)
             for row in mine:
                 adding.add(row)
             self._verdict.rows += len(mine)

@@ -11,7 +11,8 @@ import msgspec
 from meterlib.billing.bundle.bundle import StatedPrice, StatedTerms
 from meterlib.billing.prices.prices import PriceBooks
 from meterlib.billing.rating.measures import passes_of
-from meterlib.billing.rating.rating import LINES_PER_PASS, add_usage, as_corrected, rate
+from meterlib.billing.rating.rated import RatedRow
+from meterlib.billing.rating.rating import LINES_PER_PASS, add_usage, as_corrected, doubt_of_prompt, rate
 from meterlib.billing.rating.rerating import RERATED_LINES, TAKEN_BACK
 from meterlib.billing.rating.rounding import rounded_lines
 from meterlib.billing.reports.invoice import Invoice, Line, SectionName
@@ -20,7 +21,7 @@ from meterlib.core.money import EXACT, ZERO, plus
 
 _NO_BOOKS = PriceBooks()
 _ENTRY_FIELDS = ("kind", "tenant", "funding", "quality")
-_SAME = ("provider", "model", "pass_kind", "token_type", "variant", "geo", "flags", "at_ms")
+_SAME = ("quantity", "provider", "model", "pass_kind", "token_type", "variant", "geo", "at_ms")
 _PAIRS = (("list_price", "list_cost"), ("contracted_price", "contracted_cost"), ("billed_price", "billed_cost"))
 
 _OF_PRICE = ("currency", "price_source", "price_model", "price_digest", "price_from")
@@ -167,14 +168,29 @@ class RowCheck:
             if made.keys() != {row["line"] for row in first}:
                 yield "its rows are of other kinds of tokens than it used"
             for row in first:
-                one = made.get(row["line"])
-                if one is not None and (
-                    one.quantity != row["quantity"] or any(getattr(one, name) != row[name] for name in _SAME)
-                ):
-                    yield f"line {row['line']} says {row['quantity']} {row['token_type']}, the entry {one.quantity}"
+                if (one := made.get(row["line"])) is not None:
+                    yield from self._of_line(entry, one, row)
         if entry.kind != "adjusted":
             yield from self._of_tiers(entry, rows)
             yield from self._of_reratings(entry, rows)
+
+    def _of_line(self, entry: LedgerEntry, one: RatedRow, row: Row) -> Iterator[str]:
+        """A row says of a line what the entry says of it."""
+        where = f"line {row['line']}, {one.token_type}:"
+        for name in _SAME:
+            if getattr(one, name) != row[name]:
+                yield f"{where} it says {name} {row[name]!r:.80}, the entry {getattr(one, name)!r:.80}"
+        doubt = doubt_of_prompt(entry, one.line // LINES_PER_PASS)
+        doubtful = ",".join(flag for flag in (one.flags, doubt) if flag)
+        told = {doubtful if tiers else one.flags for tiers in self._has_tiers(row)}
+        if row["flags"] not in told:
+            yield f"{where} it says flags {row['flags']!r:.80}, the entry {' or '.join(sorted(map(repr, told)))}"
+
+    def _has_tiers(self, row: Row) -> set[bool]:
+        """Whether the price of a row depended on the length of the prompt; both, where a bundle does not tell that."""
+        known = self._prices.get(row["price_digest"])
+        held = known.held if known is not None and known.found else ()
+        return {len(one.tiers) > 1 for one in held if one.from_ms <= row["at_ms"] < one.until_ms} or {False, True}
 
     def _of_tiers(self, entry: LedgerEntry, rows: Sequence[Row]) -> Iterator[str]:
         """The prices are those for prompts of that length; a correction's are those for its call's, before or after."""

@@ -80,7 +80,7 @@ def _rows(
 ) -> Iterator[RatedRow]:
     for one in passes:
         found = books.rate(one.provider, one.model, at_ms=at_ms, variant=one.variant, geo=one.geo, prompt=one.prompt)
-        if (doubt := _doubt_of_prompt(entry, one)) and _has_tiers(books, one, at_ms):
+        if (doubt := doubt_of_prompt(entry, one.number)) and _has_tiers(books, one, at_ms):
             one = one._replace(flags=f"{one.flags},{doubt}".lstrip(","))
         for slot, quantity in enumerate(one.amounts):
             if quantity == 0:
@@ -213,12 +213,12 @@ def flags_of(flags: str, slot: int) -> str:
     return ",".join(flag for flag in flags.split(",") if slot in writes.get(flag, (slot,)))
 
 
-def _doubt_of_prompt(entry: LedgerEntry, one: Pass) -> str:
-    """Why it is not known how long the prompt was."""
+def doubt_of_prompt(entry: LedgerEntry, number: int) -> str:
+    """Why it is not known how long the prompt of a pass was, as a flag; it matters where prices depend on that."""
     if entry.kind == "adjusted":
         return TIER_OF_DIFFERENCE
     requests = entry.usage.get("requests")
-    return TIER_OF_AVERAGE if one.number == 0 and type(requests) is int and requests > 1 else ""
+    return TIER_OF_AVERAGE if number == 0 and type(requests) is int and requests > 1 else ""
 
 
 def _has_tiers(books: PriceBooks, one: Pass, at_ms: int) -> bool:
