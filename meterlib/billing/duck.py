@@ -63,6 +63,20 @@ def failure() -> type[Exception]:
     return duckdb.Error
 
 
+def write_parquet(connection: Any, query: str, file: Path, metadata: str) -> None:
+    """Write what a query finds to a file, always of the same bytes, and a text into its metadata, as `meterlib`.
+
+    Raises:
+        OSError: the disk is full, or fails.
+    """
+    connection.execute("SET threads = 1")  # else groups of rows would be cut by whoever is faster
+    with disk_errors():
+        connection.execute(
+            f"COPY ({query}) TO {quoted(file)}"
+            f" (FORMAT parquet, COMPRESSION zstd, KV_METADATA {{meterlib: {quoted(metadata)}}})"
+        )
+
+
 @contextmanager
 def disk_errors() -> Iterator[None]:
     """Turns DuckDB's word that a disk is full, or fails, into the OSError that everything else raises."""

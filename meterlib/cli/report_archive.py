@@ -18,6 +18,7 @@ import msgspec
 from meterlib.billing import duck
 from meterlib.billing.archive.archive import Archive
 from meterlib.billing.focus.focus import Focus, check_issuer, write_billing_periods, write_focus
+from meterlib.billing.page.answer import answer_page
 from meterlib.billing.page.facts import facts
 from meterlib.billing.page.invoice import invoice_page
 from meterlib.billing.page.page import page
@@ -37,9 +38,15 @@ from meterlib.cli.options import archive_folder
 from meterlib.cli.progress import Phases
 from meterlib.cli.report_evidence import asked, evidence_lines
 from meterlib.cli.report_formats import check_place, dumped, hint, json_object, output, put, write_csv, write_jsonl
-from meterlib.cli.report_invoice import invoice_csv, invoice_document, print_invoice
+from meterlib.cli.report_invoice import (
+    invoice_csv,
+    invoice_document,
+    invoice_jsonl,
+    invoice_parquet,
+    print_invoice,
+)
 from meterlib.cli.report_options import FOCUS, PERIODS, query_of
-from meterlib.cli.report_tables import print_answer, print_denials
+from meterlib.cli.report_tables import print_answer, print_denials, shown
 from meterlib.cli.times import at_text
 from meterlib.config import Config
 from meterlib.errors import InvalidInput
@@ -153,10 +160,13 @@ def _look(asked_for: Asked, postings: Postings) -> Told:
         told, unpriced = _told(asked_for, postings, reader)
         asked_for.phases("looking for what is missing")
         found = evidence(reader, postings, asked_for.query, tails=tails, store=store, unpriced=unpriced)
+        result = Told(reader, found, **told)
         if asked_for.arguments.format == "html":
             asked_for.phases("drawing the page")
-            told["file"].write_text(_page(asked_for, reader, found, told.get("invoice")), encoding="utf-8")
-        return Told(reader, found, **told)
+            page_file = asked_for.scratch / "page.html"
+            page_file.write_text(_page(asked_for, result), encoding="utf-8")
+            return result._replace(file=page_file)
+        return result
     except BaseException:
         reader.close()
         raise
@@ -171,14 +181,14 @@ def _told(asked_for: Asked, postings: Postings, reader: Reader) -> tuple[dict[st
         if arguments.bundle is not None:
             asked_for.phases("gathering what the bundle needs")
             bundles.write(Path(arguments.bundle), postings, bill)
-        page_file = {"file": scratch / "invoice.html"} if arguments.format == "html" else {}
-        return {"invoice": bill, **page_file}, bill.unpriced
-    if arguments.format in FOCUS or arguments.format == "html":
+        return {"invoice": bill}, bill.unpriced
+    if arguments.format in FOCUS or (arguments.format == "html" and arguments.report in ("usage", "cost")):
         cost = cost_report(reader, msgspec.structs.replace(query, by=()))
-        file = scratch / f"report{'.html' if arguments.format == 'html' else Path(arguments.output or '').suffix}"
-        if arguments.format in FOCUS:
-            asked_for.phases("making FOCUS rows")
-            _write_focus(asked_for, postings, file)
+        if arguments.format == "html":
+            return {}, _unpriced(cost)
+        asked_for.phases("making FOCUS rows")
+        file = scratch / f"report{Path(arguments.output or '').suffix}"
+        _write_focus(asked_for, postings, file)
         return {"file": file}, _unpriced(cost)
     if arguments.report == "usage":
         return {"answer": usage_report(reader, query, unknown_names(postings))}, None
@@ -207,11 +217,14 @@ def _write_focus(asked_for: Asked, postings: Postings, file: Path) -> None:
     write_focus(postings, asked_for.query, Focus(version=version, issuer=str(issuer)), file)
 
 
-def _page(asked_for: Asked, reader: Reader, found: Evidence, bill: Invoice | None) -> str:
-    issuer, footer = asked_for.config.billing.issuer or "", evidence_lines(found)
-    if bill is not None:
-        return invoice_page(bill, issuer, footer)
-    return page(facts(reader, asked_for.query, issuer=issuer, complete=found.complete, footer=footer))
+def _page(asked_for: Asked, told: Told) -> str:
+    issuer, footer = asked_for.config.billing.issuer or "", evidence_lines(told.evidence)
+    if told.invoice is not None:
+        return invoice_page(told.invoice, issuer, footer)
+    if told.answer is not None:
+        return answer_page(shown(asked_for.arguments.report, told.answer, told.denials, footer))
+    complete = told.evidence.complete
+    return page(facts(told.reader, asked_for.query, issuer=issuer, complete=complete, footer=footer))
 
 
 # ── Writing it down ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -221,9 +234,13 @@ def _write(asked_for: Asked, told: Told) -> None:
     arguments = asked_for.arguments
     lines = evidence_lines(told.evidence)
     asked_for.phases("writing")
-    if arguments.format == "parquet" and told.answer is not None:
+    if arguments.format == "parquet":
         file = asked_for.scratch / "report.parquet"
-        told.answer.write_parquet(file, dumped(_document(asked_for, told, rows=False)))
+        metadata = dumped(_document(asked_for, told, rows=False))
+        if told.answer is not None:
+            told.answer.write_parquet(file, metadata)
+        elif told.invoice is not None:
+            invoice_parquet(file, told.reader.connection, told.invoice, metadata)
         told = told._replace(file=file)
     if arguments.output is None:
         asked_for.phases.done()
@@ -244,7 +261,10 @@ def _print(out: TextIO, asked_for: Asked, told: Told, lines: Sequence[str]) -> N
     if shape == "json":
         print(dumped(_document(asked_for, told), indent=2), file=out)
     elif told.invoice is not None:
-        (print_invoice if shape == "table" else invoice_csv)(out, told.invoice)
+        if shape == "jsonl":
+            invoice_jsonl(out, _document(asked_for, told))
+        else:
+            (print_invoice if shape == "table" else invoice_csv)(out, told.invoice)
     elif told.answer is not None:
         if shape == "table":
             print_answer(out, asked_for.arguments.report, told.answer)
@@ -262,7 +282,8 @@ def _document(asked_for: Asked, told: Told, rows: bool = True) -> dict[str, Any]
     """A report as JSON has it; of costs there is a total for each currency."""
     completeness = {"completeness": msgspec.to_builtins(told.evidence)}
     if told.invoice is not None:
-        return invoice_document(told.invoice) | completeness
+        whole = invoice_document(told.invoice) | completeness
+        return {name: whole[name] for name in whole if rows or name != "lines"}
     document = _head(asked_for)
     if told.answer is not None:
         names = [column.name for column in told.answer.columns]

@@ -1,25 +1,32 @@
-"""An invoice as text, as JSON and as CSV."""
+"""An invoice as text, as JSON, as CSV and as Parquet."""
 
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator, Mapping
 from contextlib import redirect_stdout
 from decimal import Decimal
+from pathlib import Path
 from typing import Any, TextIO
 
 import msgspec
 
+from meterlib.billing import duck
 from meterlib.billing.reports.invoice import SECTIONS, Invoice, Line, SectionName
-from meterlib.cli.report_formats import safe_cell
+from meterlib.cli.report_formats import dumped, safe_cell
 from meterlib.cli.report_tables import AT_LEAST, money_text
 from meterlib.cli.tables import Column, print_table
 from meterlib.cli.times import at_text
 from meterlib.core.money import plain
 
-CSV_COLUMNS = (
-    *("section", "corrects", "charge", "model", "token_type", "variant", "geo", "above", "quantity", "per"),
-    *("currency", "list_price", "unit_price", "list_cost", "exact", "amount", "unpriced"),
-)
+COLUMNS = {
+    **dict.fromkeys(("section", "corrects", "charge", "model", "token_type", "variant", "geo"), "VARCHAR"),
+    **dict.fromkeys(("above", "quantity", "per"), "DECIMAL(38,0)"),
+    "currency": "VARCHAR",
+    **dict.fromkeys(("list_price", "unit_price", "list_cost", "exact", "amount"), "DECIMAL(38,12)"),
+    "unpriced": "VARCHAR",
+}
+"""Of CSV and Parquet, and their types in the latter."""
 _HEADINGS = ("model", "type", "served", "quantity", "per", "unit price", "amount")
 
 
@@ -103,18 +110,47 @@ def _text(name: str, value: Decimal) -> str:
     return f"{value:f}" if name in ("amount", "rounding", "total") else plain(value)
 
 
+def invoice_jsonl(out: TextIO, document: Mapping[str, Any]) -> None:
+    """Write an object for each line, one with what the invoice is of, and one for each other part of the document."""
+    for line in document["lines"]:
+        print(dumped(line), file=out)
+    parts = ("totals", "completeness")
+    print(dumped({"invoice": {name: document[name] for name in document if name not in ("lines", *parts)}}), file=out)
+    for part in parts:
+        print(dumped({part: document[part]}), file=out)
+
+
 def invoice_csv(out: TextIO, invoice: Invoice) -> None:
     """Write a row for each line, and for each currency one for the rounding and one for the total."""
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
+    writer.writerow(COLUMNS)
+    for row in _rows(invoice):
+        writer.writerow([_cell(name, row.get(name)) for name in COLUMNS])
+
+
+def invoice_parquet(file: Path, connection: Any, invoice: Invoice, metadata: str) -> None:
+    """Write the same rows to a file, and a text into its metadata, under the key `meterlib`.
+
+    Args:
+        file: where to.
+        connection: of DuckDB; a table is left in it.
+        invoice: what.
+        metadata: the text.
+    """
+    columns = ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
+    connection.execute(f"CREATE OR REPLACE TABLE invoice (place INTEGER, {columns})")
+    marks = ", ".join("?" * (len(COLUMNS) + 1))
+    for place, row in enumerate(_rows(invoice)):
+        connection.execute(f"INSERT INTO invoice VALUES ({marks})", [place, *(row.get(name) for name in COLUMNS)])
+    duck.write_parquet(connection, "SELECT * EXCLUDE place FROM invoice ORDER BY place", file, metadata)
+
+
+def _rows(invoice: Invoice) -> Iterator[Mapping[str, Any]]:
     for line in invoice.lines:
-        writer.writerow([_cell(name, getattr(line, name)) for name in CSV_COLUMNS])
+        yield msgspec.structs.asdict(line)
     for total in invoice.totals:
-        for section, amount in (("rounding", total.rounding), ("total", total.total)):
-            told = {"section": section, "currency": total.currency, "amount": amount}
-            if section == "total":
-                told["exact"] = total.exact
-            writer.writerow([_cell(name, told.get(name)) for name in CSV_COLUMNS])
+        yield {"section": "rounding", "currency": total.currency, "amount": total.rounding}
+        yield {"section": "total", "currency": total.currency, "amount": total.total, "exact": total.exact}
 
 
 def _cell(name: str, value: object) -> str:

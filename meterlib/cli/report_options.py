@@ -84,6 +84,7 @@ paid, and so is the exact sum; a line `rounding` makes them agree.
   meterlib report invoice --tenant acme --period 2026-10
   meterlib report invoice --tenant acme --period 2026-10 --format json --strict
   meterlib report invoice --tenant acme --period 2026-10 --format html --output invoice.html
+  meterlib report invoice --tenant acme --period 2026-10 --format parquet --output invoice.parquet
   meterlib report invoice --tenant acme --period 2026-10 --bundle invoice.zip
 """
     ),
@@ -103,6 +104,7 @@ held:
         examples="""\
   meterlib report limits --by model
   meterlib report limits --by tenant,day --since 2026-10-01
+  meterlib report limits --by tenant --format html --output limits.html
 """
     ),
     "retries": """\
@@ -132,9 +134,9 @@ FOCUS = (*(f"focus-{version}" for version in get_args(Version)), PERIODS)
 FORMATS = {
     "usage": (*_PLAIN, "html"),
     "cost": (*_PLAIN, "html", *FOCUS),
-    "invoice": ("table", "json", "csv", "html"),
-    "limits": _PLAIN,
-    "retries": _PLAIN,
+    "invoice": (*_PLAIN, "html"),
+    "limits": (*_PLAIN, "html"),
+    "retries": (*_PLAIN, "html"),
 }
 DEFAULT_BY = ("tenant", "model")
 

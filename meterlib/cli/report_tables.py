@@ -7,6 +7,7 @@ from contextlib import redirect_stdout
 from decimal import Decimal
 from typing import TextIO
 
+from meterlib.billing.page.answer import Shown
 from meterlib.billing.reports.answers import Answer, Totals, Value
 from meterlib.billing.reports.answers import Column as Told
 from meterlib.billing.reports.denied import Denied
@@ -32,6 +33,11 @@ _HEADINGS = {
     "gave_up_streaming": "gave up streaming",
     **{f"extra_{name}": f"extra {HEADINGS[name]}" for name in TOKENS},
 }
+_NOTES = {
+    "limits": "Input tokens that calls were charged, beside what was estimated before them; and what was reserved and"
+    " never settled",
+    "retries": "Calls that were made again because their answer did not come, and what all tries but the last used",
+}
 _MONEY_DIGITS = 2
 
 
@@ -40,22 +46,48 @@ def print_answer(out: TextIO, report: str, answer: Answer) -> None:
     with redirect_stdout(out):
         print(title_of(report, answer))
         print()
-        rows = list(answer.rows())
-        if not rows:
+        columns, lines, totals = _texts(report, answer)
+        if not lines:
             print("no rated rows" if report == "cost" else "no entries")
             return
-        shown = [at for at, column in enumerate(answer.columns) if _is_shown(report, answer, at, column)]
-        columns = [answer.columns[at] for at in shown]
         headings = [
             Column(_HEADINGS.get(name, name), number=kind not in ("key", "text"), key=kind in ("key", "text"))
             for name, kind in columns
         ]
-        floor = next((at for at, column in enumerate(answer.columns) if column.name == "unpriced"), None)
-        lines = [
-            [_cell(answer.columns[at], row[at], floor is not None and bool(row[floor])) for at in shown] for row in rows
-        ]
-        *others, last = [_total_line(columns, totals) for totals in answer.totals]
+        *others, last = totals
         print_table(headings, [*lines, *others], last)
+
+
+def shown(report: str, answer: Answer, denials: Sequence[Denied], footer: Sequence[str]) -> Shown:
+    """The same for a page."""
+    columns, lines, (total,) = _texts(report, answer)
+    return Shown(
+        title=title_of(report, answer),
+        keys=len(answer.by),
+        head=[_HEADINGS.get(column.name, column.name) for column in columns],
+        rows=lines,
+        total=total,
+        tiles=[
+            (_HEADINGS.get(column.name, column.name), cell)
+            for column, cell in zip(columns, total, strict=True)
+            if column.name in _ALWAYS[report]
+        ],
+        note=_NOTES[report],
+        denied=denials,
+        footer=footer,
+    )
+
+
+def _texts(report: str, answer: Answer) -> tuple[list[Told], list[list[str]], list[list[str]]]:
+    """The columns that are shown, the cells of each row, and those of each total."""
+    shown = [at for at, column in enumerate(answer.columns) if _is_shown(report, answer, at, column)]
+    columns = [answer.columns[at] for at in shown]
+    floor = next((at for at, column in enumerate(answer.columns) if column.name == "unpriced"), None)
+    lines = [
+        [_cell(answer.columns[at], row[at], floor is not None and bool(row[floor])) for at in shown]
+        for row in answer.rows()
+    ]
+    return columns, lines, [_total_line(columns, totals) for totals in answer.totals]
 
 
 def print_denials(out: TextIO, denials: Sequence[Denied]) -> None:

@@ -306,6 +306,76 @@ def test_a_store_that_is_not_the_archives_is_told(books: Books, run: Run) -> Non
     assert "it lost them" in ran.out
 
 
+EVERY = [
+    ["usage", "--by", "tenant,model"],
+    ["cost", "--by", "tenant,model"],
+    ["limits", "--by", "tenant,model"],
+    ["retries", "--by", "tenant,model"],
+    ["invoice", "--tenant", "=acme", "--period", "2026-10"],
+]
+
+
+@pytest.mark.parametrize("words", EVERY, ids=[words[0] for words in EVERY])
+def test_every_report_says_the_same_in_every_format(books: Books, run: Run, tmp_path: Path, words: list[str]) -> None:
+    """JSON, lines of JSON, CSV, Parquet and a page; names are text in each of them."""
+    for at, model in enumerate(("plain", "plain", "steep", "<b>nobody")):
+        held = books.meter.reserve("=acme", CALL | {"model": model}, Usage(input_tokens=1_000))
+        held.settle(Usage(input_tokens=1_500 * at, output_tokens=333), facts={"prompt": "c0ffee", "end": "complete"})
+    run("export", "run")
+
+    document = run("report", *words, "--json").json
+    lines = [json.loads(line) for line in run("report", *words, "--format", "jsonl").out.splitlines()]
+    (heading, *cells) = run("report", *words, "--format", "csv").cells
+    file = tmp_path / "report.parquet"
+    assert 0 == run("report", *words, "--format", "parquet", "--output", str(file)).code
+    with duckdb.connect() as database:
+        columns = [column for column, *_ in database.execute(f"DESCRIBE FROM '{file}'").fetchall()]
+        rows = database.execute(f"FROM '{file}'").fetchall()
+        asked = f"SELECT value FROM parquet_kv_metadata('{file}') WHERE key = 'meterlib'"
+        ((metadata,),) = database.execute(asked).fetchall()
+    page = run("report", *words, "--format", "html").out
+
+    told = document.get("rows", document.get("lines"))
+    assert told == lines[: len(told)]
+    assert {"completeness": document["completeness"]} == lines[-1]
+    assert columns == heading
+    assert [[_as_cell(value) for value in row] for row in rows] == [[_as_cell(cell) for cell in row] for row in cells]
+    assert [[_as_cell(row[name]) for name in columns] for row in told] == [
+        [_as_cell(cell) for cell in row] for row in cells[: len(told)]
+    ]
+    assert {name: document[name] for name in document if name not in ("rows", "lines")} == json.loads(metadata)
+    assert "complete: 4 entries" in page
+    assert "&lt;b&gt;nobody" in page
+    assert "<b>nobody" not in page
+
+
+def _as_cell(value: object) -> str | Decimal:
+    """What a cell says, whatever it is written as."""
+    text = "" if value is None else str(value).removeprefix("'")
+    try:
+        return Decimal(text)
+    except ArithmeticError:
+        return text
+
+
+def test_the_page_of_limits_has_what_was_denied(books: Books, run: Run) -> None:
+    """Beside how good estimates were, in the words of the table, and what of it matters most."""
+    record(books, usage={"amounts": {"denied_requests": 7}})
+    held = books.meter.reserve("acme", CALL, Usage(input_tokens=1_000))
+    held.settle(Usage(input_tokens=1_500))
+    run("export", "run")
+
+    text = run("report", "limits", "--by", "tenant,day", "--format", "html").out
+    table = run("report", "limits", "--by", "tenant,day").out
+
+    assert "<h1><bdi>Limits, by tenant, day (Europe/Berlin)</bdi></h1>" in text
+    assert "<li><b>7</b><span>denied calls</span></li>" in text
+    for cell in ("acme", "2026-10-10", "50.000", "1.500"):
+        assert cell in table
+        assert cell in text
+    assert "No calls in this time." in run("report", "limits", "--until", "2020-01-01", "--format", "html").out
+
+
 FORMATS = [["usage"], ["usage", "--json"], ["usage", "--by", "day,team", "--format", "csv"],
            ["cost", "--by", "team", "--format", "jsonl"], ["cost", "--format", "focus-1.4"],
            ["cost", "--format", "html"], ["limits", "--by", "model"],

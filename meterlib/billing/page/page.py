@@ -14,6 +14,7 @@ from meterlib.billing.page.facts import TOKENS, Cost, Facts, Group, Sums
 from meterlib.billing.page.html import Content, Html, document, name_of, table, tag
 from meterlib.billing.page.style import STYLE
 from meterlib.billing.rating.rounding import EXPONENTS
+from meterlib.billing.reports.denied import Denied
 from meterlib.core.money import ROUNDING, ZERO, minus, plain, plus
 
 TOP = 10
@@ -48,7 +49,7 @@ def page(facts: Facts) -> str:
         _top("Models", "model", facts.models, facts),
         _cache_over_time(facts),
         _quality(facts),
-        _denials(facts),
+        denials(facts.denials),
     )
     return document(title, STYLE, tag("main", _header(facts, total), *sections), _footer(facts))
 
@@ -251,11 +252,12 @@ def _quality(facts: Facts) -> Html:
     return tag("section", tag("h2", "Quality"), shown)
 
 
-def _denials(facts: Facts) -> Html | None:
-    if not facts.denials:
+def denials(told: Sequence[Denied]) -> Html | None:
+    """How often limits denied, the most frequent first; nothing where none did."""
+    if not told:
         return None
-    total = sum(denied.count for denied in facts.denials)
-    shown, others = facts.denials[: 2 * TOP], facts.denials[2 * TOP :]
+    total = sum(denied.count for denied in told)
+    shown, others = told[: 2 * TOP], told[2 * TOP :]
     rows: list[list[Content]] = [
         [name_of(denied.limit), name_of(denied.tenant), _count(denied.count), _share(denied.count, total)]
         for denied in shown

@@ -97,12 +97,7 @@ class Answer:
             f"CAST(c{at} AS {kinds[column.kind]}) AS {identifier(column.name)}"
             for at, column in enumerate(self.columns)
         )
-        self._connection.execute("SET threads = 1")  # else groups of rows would be cut by whoever is faster
-        with duck.disk_errors():
-            self._connection.execute(
-                f"COPY (SELECT {columns} FROM answer ORDER BY place) TO {quoted(file)}"
-                f" (FORMAT parquet, COMPRESSION zstd, KV_METADATA {{meterlib: {quoted(metadata)}}})"
-            )
+        duck.write_parquet(self._connection, f"SELECT {columns} FROM answer ORDER BY place", file, metadata)
 
 
 def identifier(name: str) -> str:
