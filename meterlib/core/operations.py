@@ -68,13 +68,10 @@ def _doubles(count: int) -> Callable[[bytes], tuple[float, ...]]:
 
 
 @lru_cache(maxsize=20_000)
-def _packed_texts(*texts: str) -> bytes:
-    return packed(texts)
-
-
-@lru_cache(maxsize=20_000)
-def _packed_rest(values: tuple[Value, ...]) -> bytes:
-    return packed(values)
+def _around_amount(window_field: str, unit: str, rest: tuple[Value, ...]) -> tuple[bytes, bytes]:
+    """What stands before and behind the amount in the bytes of a limit; only the amount is another one each time."""
+    before, after = packed((window_field, unit)), packed(rest)
+    return _double(16 + len(before) + len(after)) + before, after
 
 
 class LimitArguments(NamedTuple):
@@ -93,8 +90,8 @@ class LimitArguments(NamedTuple):
 
     def packed(self) -> bytes:
         """Led by its size."""
-        before, after = _packed_texts(self.window_field, self.unit), _packed_rest(self[3:])
-        return _double(16 + len(before) + len(after)) + before + _double(self.amount) + after
+        before, after = _around_amount(self.window_field, self.unit, self[3:])
+        return before + _double(self.amount) + after
 
 
 class PeekLimit(NamedTuple):
