@@ -207,8 +207,9 @@ def test_what_is_rated_in_the_moment_before_a_re_rating_is_posted_is_told(
         monkeypatch.setattr(reratings, "encoded", meanwhile)
         assert 1 == rerating.post(1_900_000_000_000)
         assert 1 == rerating.missed()
-    ledgers.call(OCTOBER, "steep")
-    ledgers.rate(tiered(1, 100_000), OLD)
+        ledgers.call(OCTOBER, "steep")
+        ledgers.rate(tiered(1, 100_000), OLD)
+        assert 1 == rerating.missed()
 
     assert not nothing_left(ledgers)
     monkeypatch.undo()

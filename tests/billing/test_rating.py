@@ -573,3 +573,11 @@ def test_calls_that_are_booked_together_are_not_one_long_prompt() -> None:
 
     assert (row.above, plain(row.list_cost or Decimal(0)), row.flags) == (0, "0.05", "tier_of_average")
     assert 50_000_000 == CostTable(books()).cost_nanousd("steep", usage, at_ms=at_ms("2026-10-10"))
+
+
+@pytest.mark.parametrize("requests", [0, 1])
+def test_the_prompt_of_one_call_is_no_average(requests: int) -> None:
+    """Whoever tells how many calls there were, and says one, has told how long its prompt was."""
+    (row,) = rate(entry("steep", tokens(requests=requests, input_tokens=500_000), "2026-10-10"), books())
+
+    assert (100_000, "") == (row.above, row.flags)
