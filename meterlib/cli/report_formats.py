@@ -102,8 +102,9 @@ def put(made: Path, file: str | None) -> None:
         with made.open("rb") as stream:
             shutil.copyfileobj(stream, sys.stdout.buffer)
         return
-    with whole_file(Path(file)) as scratch:
-        shutil.copyfile(made, scratch)
+    # Not `copyfile`, which refuses pipes.
+    with whole_file(Path(file)) as place, made.open("rb") as stream, place.open("wb") as out:
+        shutil.copyfileobj(stream, out)
 
 
 def check_place(option: str, file: Path) -> None:

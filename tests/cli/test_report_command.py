@@ -520,7 +520,10 @@ def test_a_file_is_there_as_a_whole_or_not_at_all(books: Books, run: Run, tmp_pa
     assert (2, f"meterlib: --output: {tmp_path} is a folder; name a file in it\n") == (folder.code, folder.err)
 
 
-def test_what_is_no_file_is_written_to_and_does_not_become_one(books: Books, run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", ["csv", "parquet", "html", "focus-1.4"])
+def test_what_is_no_file_is_written_to_and_does_not_become_one(
+    books: Books, run: Run, tmp_path: Path, shape: str
+) -> None:
     """A pipe stays a pipe, a device a device, and a link a link."""
     record(books)
     run("export", "run")
@@ -530,7 +533,7 @@ def test_what_is_no_file_is_written_to_and_does_not_become_one(books: Books, run
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
 
     for place in (pipe, link):
-        assert 0 == run("report", "cost", "--by", "tenant", "--format", "csv", "--output", str(place)).code
+        assert 0 == run("report", "cost", "--by", "tenant", "--format", shape, "--output", str(place)).code
     assert pipe.is_fifo()
     assert link.is_symlink()
     assert file.read_bytes() == os.read(reader, 65_536)
