@@ -23,6 +23,7 @@ from meterlib.billing.bundle.bundle import BundleManifest, FileFacts, encoded, p
 from meterlib.billing.bundle.check import BundleVerdict, verify_bundle
 from meterlib.billing.bundle.gather import gather
 from meterlib.billing.export.export import Accepted
+from meterlib.billing.postings.closes import Close
 from meterlib.billing.postings.postings import Postings
 from meterlib.billing.prices.terms import Terms
 from meterlib.billing.reports.answers import Reader
@@ -32,6 +33,7 @@ from tests.billing.posting import DEARER, WIDER, Ledgers
 
 SECRET = "nobody-elses-business"
 OCTOBER, NOVEMBER = "2026-10", "2026-11"
+NO_PLAIN = BOOK.replace("plain", "gone")
 
 
 def bundled(books: Ledgers, folder: Path, tenant: str = "acme", period: str = OCTOBER) -> Path:
@@ -149,6 +151,23 @@ def test_rows_of_a_re_rating_verify(books: Ledgers, tmp_path: Path) -> None:
 
     assert ([], []) == (found.problems, found.notes)
     assert b'"found": false' not in files_of(tmp_path / f"acme-{NOVEMBER}.zip")["prices.json"]
+
+
+@pytest.mark.parametrize(("first", "second"), [(BOOK, NO_PLAIN), (NO_PLAIN, BOOK)])
+def test_a_closed_month_verifies_though_nothing_is_left_in_one_currency(
+    first: str, second: str, tmp_path: Path
+) -> None:
+    """The close tells of rows that were all taken back, as none that cost nothing; the invoice has no line of them."""
+    ledgers = Ledgers(tmp_path)
+    ledgers.call("2026-10-02")
+    ledgers.rate(first)
+    assert ledgers.rate_again(second, at_ms("2026-10-20"))
+    assert isinstance(ledgers.close_period("2026-10", at_ms("2026-11-02")), Close)
+
+    found = verify_bundle(bundled(ledgers, tmp_path))
+
+    assert ([], True) == (found.problems, found.closed)
+    ledgers.close()
 
 
 def test_calls_verify_on_either_side_of_where_their_price_changes(tmp_path: Path) -> None:
