@@ -83,7 +83,6 @@ SELECT epoch, shard, n, kind, tenant, funding, quality, booked_at, {{hard}} AS h
 FROM (SELECT *, coalesce(json_keys(outcome, '$.usage'), []) AS names FROM ({{source}}))
 WHERE kind = 'adjusted' OR (kind IN ('settled', 'late', 'recorded') AND names <> ['amounts'])
 """
-_ROWS_AT_ONCE = 1000
 _HARD = (
     "(kind = 'adjusted' OR coalesce(json_array_length(iterations), 0) > 0"
     " OR NOT list_has_all({names}, names)"
@@ -132,16 +131,19 @@ class SqlRating:
         found = connection.execute(f"SELECT DISTINCT {', '.join(_NAMES)} FROM ({self._passes})").fetchall()
         self._known = {name: _enum(told) for name, told in zip(_NAMES, zip(*found, strict=True), strict=False)}
         terms = {tenant: terms_of(tenant) for *_, tenant in found}
-        fundings: list[Funding] = sorted({row[4] for row in found})
         numbers = {one: at for at, one in enumerate(dict.fromkeys(terms.values()))}
+        # Only what occurs together: each customer may have terms of its own, and few of them use every model.
+        held: dict[tuple[str, ...], dict[Terms, set[Funding]]] = {}
+        for row in found:
+            held.setdefault(row[:4], {}).setdefault(terms[row[-1]], set()).add(row[4])
         case_rows: list[tuple[Any, ...]] = []
         price_rows: list[tuple[Any, ...]] = []
-        for key in sorted({row[:4] for row in found}):
+        for key in sorted(held):
             for case in cases(books, *key):
                 number = len(case_rows)
                 case_rows.append((number, *key, case.from_ms, case.until_ms, case.above, case.upto))
-                for one, at in numbers.items():
-                    price_rows += _prices(number, at, case.found, one, fundings)
+                for own, fundings in held[key].items():
+                    price_rows += _prices(number, numbers[own], case.found, own, sorted(fundings))
         _fill(connection, "rating_cases", _CASES, case_rows)
         texts = [_enum(row[at] for row in price_rows) for at in range(-len(_TEXTS), 0)]
         told = ", ".join(f"{name} {kind}" for name, kind in zip(_TEXTS, texts, strict=True))
@@ -242,19 +244,15 @@ def _each(prices: Iterable[Decimal], per: int) -> list[Decimal]:
     return [each_of(price, per) for price in prices]
 
 
-def _fill(connection: Any, name: str, columns: str, rows: list[tuple[Any, ...]]) -> None:
+def _fill(connection: Any, name: str, columns: str, rows: Sequence[tuple[Any, ...]]) -> None:
+    """A table of the rows. They go in by columns: as a text of values, each would have to be parsed."""
     connection.execute(f"CREATE OR REPLACE TEMP TABLE {name} ({columns})")
-    for at in range(0, len(rows), _ROWS_AT_ONCE):
-        values = (f"({', '.join(map(_literal, row))})" for row in rows[at : at + _ROWS_AT_ONCE])
-        connection.execute(f"INSERT INTO {name} VALUES {', '.join(values)}")
-
-
-def _literal(value: object) -> str:
-    if value is None:
-        return "NULL"
-    if isinstance(value, int):
-        return str(value)
-    return quoted(f"{value:f}" if isinstance(value, Decimal) else str(value))
+    if rows:
+        told = [
+            [f"{value:f}" if isinstance(value, Decimal) else value for value in column]
+            for column in zip(*rows, strict=True)
+        ]
+        connection.execute(f"INSERT INTO {name} SELECT {', '.join(['unnest(?)'] * len(told))}", told)
 
 
 def _texts(names: Iterable[str]) -> str:
