@@ -98,6 +98,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _close(archive: Archive, config: Config, arguments: argparse.Namespace, phases: Phases) -> int:
     phases("looking at the archive's files")
     closing = Closing(Postings(archive, config.billing.tz), arguments.period)
+    for shard in arguments.retired:
+        if shard not in closing.postings.segments:
+            raise InvalidInput("--retired", f"the archive has nothing of shard {shard}: leave it out")
     if closing.standing is not None:
         phases(f"adding up {closing.standing.period} again")
         differences = closing.differences()

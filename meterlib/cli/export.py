@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -145,14 +146,18 @@ def _epoch(text: str) -> tuple[int, str]:
 
 
 def _entry(text: str) -> tuple[int, int]:
+    if not re.fullmatch(r"[0-9]+:[0-9]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r:.80} does not read SHARD:N")
     shard, _, n = text.partition(":")
     return whole_number(shard), whole_number(n)
 
 
 def _gap(text: str) -> tuple[int, int, int]:
+    if not re.fullmatch(r"[0-9]+:[0-9]+(-[0-9]+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r:.80} does not read SHARD:N-M")
     shard, _, numbers = text.partition(":")
-    first, dash, last = numbers.partition("-")
-    return whole_number(shard), whole_number(first), whole_number(last if dash else first)
+    first, _, last = numbers.partition("-")
+    return whole_number(shard), whole_number(first), whole_number(last or first)
 
 
 def run(arguments: argparse.Namespace) -> int:

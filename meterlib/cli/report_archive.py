@@ -46,7 +46,7 @@ from meterlib.cli.report_invoice import (
     print_invoice,
 )
 from meterlib.cli.report_options import FOCUS, PERIODS, query_of
-from meterlib.cli.report_tables import print_answer, print_denials, shown
+from meterlib.cli.report_tables import is_floor, print_answer, print_denials, shown
 from meterlib.cli.times import at_text
 from meterlib.config import Config
 from meterlib.errors import InvalidInput
@@ -290,7 +290,10 @@ def _document(asked_for: Asked, told: Told, rows: bool = True) -> dict[str, Any]
         if rows:
             document["rows"] = [json_object(names, row) for row in told.answer.rows()]
         totals = [json_object(one, one.values()) for one in told.answer.totals]
-        document |= {"totals": totals} if asked_for.arguments.report == "cost" else {"total": totals[0]}
+        if asked_for.arguments.report == "cost":
+            document["totals"] = [{**one, "at_least": is_floor(told.answer)} for one in totals]
+        else:
+            document["total"] = totals[0]
     if asked_for.arguments.report == "limits":
         document["denials"] = msgspec.to_builtins(told.denials)
     return document | completeness

@@ -56,6 +56,7 @@ Add up what usage costs, exactly, at the prices that it was rated at once:
   margin            billed less upstream
   unpriced          lines without a price: costs are at least what is said then,
                     and none is told where no line has a price
+  at_least          of a total: whether any line of the report has no price
 
 Rows are grouped by
 

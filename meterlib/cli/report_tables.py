@@ -87,7 +87,12 @@ def _texts(report: str, answer: Answer) -> tuple[list[Told], list[list[str]], li
         [_cell(answer.columns[at], row[at], floor is not None and bool(row[floor])) for at in shown]
         for row in answer.rows()
     ]
-    return columns, lines, [_total_line(columns, totals) for totals in answer.totals]
+    return columns, lines, [_total_line(columns, totals, is_floor(answer)) for totals in answer.totals]
+
+
+def is_floor(answer: Answer) -> bool:
+    """Whether what was used came to more than any total says, since something of it has no price: in no currency."""
+    return any(totals.get("unpriced") for totals in answer.totals)
 
 
 def print_denials(out: TextIO, denials: Sequence[Denied]) -> None:
@@ -122,8 +127,7 @@ def _is_shown(report: str, answer: Answer, at: int, column: Told) -> bool:
     return any(totals.get(column.name) for totals in answer.totals)
 
 
-def _total_line(columns: list[Told], totals: Totals) -> list[str]:
-    floor = bool(totals.get("unpriced"))
+def _total_line(columns: list[Told], totals: Totals, floor: bool) -> list[str]:
     cells = [_cell(column, totals.get(column.name), floor) if column.kind not in ("key",) else "" for column in columns]
     return ["total", *cells[1:]] if columns and columns[0].kind == "key" else cells
 

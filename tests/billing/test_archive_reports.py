@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -28,6 +29,7 @@ from meterlib.billing.reports.limits import limits_report
 from meterlib.billing.reports.query import COSTS, Query
 from meterlib.billing.reports.report import contributions, fold, hour_text
 from meterlib.billing.reports.usage import TOKEN_TYPES, UNSPLIT, usage_report
+from meterlib.cli.report_tables import print_answer
 from meterlib.core.money import ZERO, plus
 from meterlib.core.periods import PeriodName, period_at
 from tests.billing.money import at_ms, books, entries, entry, tokens
@@ -546,6 +548,28 @@ def test_amounts_of_several_currencies_are_never_added_up(folder: Path) -> None:
 
         assert [("EUR", Decimal("0.5"), 0), ("USD", Decimal(3), 0), (None, None, 1)] == told
         assert told == [(one["currency"], one["list_cost"], one["unpriced"]) for one in answer.totals]
+
+
+def test_what_is_in_no_currency_costs_nobody_knows_what(folder: Path) -> None:
+    """Not nothing, whatever else of no price was taken back; and the table says of every total that it is a floor."""
+    several = [entry(name, tokens(input_tokens=10**6), n=n) for n, name in enumerate(("plain", "steep", "nobody"), 1)]
+    known_later = entry("nobody", tokens(input_tokens=7), n=4, tenant="globex")
+    rows = rated([*several, known_later], books())
+    for row in rows:
+        if row["model"] == "steep":
+            row["currency"] = "EUR"
+    (lacking,) = rate(known_later, books()).rows
+    back = posting(replace(lacking, posting=-1, line=99, quantity=-7), booked_at_ms=known_later.booked_at, rating=1)
+
+    with Reader(Filed(folder, [*several, known_later], [*rows, back])) as reader:
+        answer = cost_report(reader, Query(by=("tenant",)))
+        *_, last = answer.totals
+        table = io.StringIO()
+        print_answer(table, "cost", answer)
+
+    assert (None, 1, None, None) == tuple(last[name] for name in ("currency", "unpriced", "list_cost", "margin"))
+    totals = [line for line in table.getvalue().splitlines() if line.strip().startswith("total")]
+    assert [True, True, False] == ["at least" in line for line in totals]
 
 
 # ── Names ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -136,6 +136,8 @@ def test_a_month_of_shards_that_are_gone_is_closed_on_somebodys_word(place: Plac
     assert 3 == run("close", "2026-10", "--offline", "--retired", "3").code
     wrong = run("close", "2026-10", "--offline", "--retired", "1")
     assert (2, "meterlib: --retired: the store has shard 1: [store] shards is 2\n") == (wrong.code, wrong.err)
+    wrong = run("close", "2026-10", "--offline", "--retired", "2", "--retired", "3", "--retired", "9")
+    assert (2, "meterlib: --retired: the archive has nothing of shard 9: leave it out\n") == (wrong.code, wrong.err)
     closed = run("close", "2026-10", "--offline", "--retired", "2", "--retired", "3", "--json")
     assert 0 == closed.code
     entries = {shard["shard"]: sum(shard["entries"].values()) for shard in closed.json["shards"]}

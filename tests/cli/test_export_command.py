@@ -248,6 +248,7 @@ def test_verify_tells_the_digest_and_names_what_is_wrong(books: Books, run: Run,
     "words",
     [
         ["export", "run", "--accept-gap", "3"],
+        ["export", "run", "--set-aside", "0:x"],
         ["export", "run", "--accept-epoch", "0"],
         ["export", "trim", "--keep", "-1"],
         ["export"],

@@ -85,6 +85,7 @@ def test_costs_add_up_by_tenant_and_model(books: Books, run: Run) -> None:
             "margin": "0.6000015", "unpriced": 0} == acme  # fmt: skip
     assert ("0.5", "0") == (globex["list_cost"], globex["billed_cost"])
     assert ["6.500015", "6.6000165"] == [document["totals"][0][name] for name in ("list_cost", "billed_cost")]
+    assert document["totals"][0]["at_least"] is False
     assert "cost in USD, by tenant, model (Europe/Berlin)" in table.out
     assert ["acme", "plain", "6.000015", "6.6000165", "6.6000165", "6.000015", "0.6000015"] in [
         line.split() for line in table.out.splitlines()
@@ -106,6 +107,7 @@ def test_what_has_no_price_makes_a_total_a_floor(books: Books, run: Run) -> None
     assert [None, "3"] == [row["list_cost"] for row in document["rows"]]
     assert (True, 1) == (document["completeness"]["complete"], document["completeness"]["unpriced"])
     assert ["nobody-knows", "USD", "", "", "", "", "", "1"] == cells[1]
+    assert [True] == [total["at_least"] for total in document["totals"]]
     assert 0 == run("report", "cost", "--strict", "--until", "2026-10-01").code
     assert 0 == run("report", "usage", "--strict").code, "usage needs no price"
 

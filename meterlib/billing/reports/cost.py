@@ -6,10 +6,11 @@ without any price has no cost, which is not a cost of 0.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from meterlib.billing.duck import quoted
-from meterlib.billing.reports.answers import Answer, Column, Reader, Totals
+from meterlib.billing.reports.answers import Answer, Column, Reader, Totals, Value
 from meterlib.billing.reports.query import COSTS, TIMES, Query, name_of, of_entry, of_row
 
 _PRICED = "coalesce(sum(lines) FILTER (NOT lacks), 0)"
@@ -79,8 +80,8 @@ def _relation(reader: Reader, query: Query) -> tuple[list[str], str]:
     return keys, joined
 
 
-def _totals(reader: Reader, columns: list[Column]) -> list[Totals]:
-    """What all rows add up to, in each currency."""
+def _totals(reader: Reader, columns: list[Column]) -> Sequence[Totals]:
+    """What all rows add up to, in each currency; rows without a price are in none, and their costs are not known."""
     place = {column.name: f"c{at}" for at, column in enumerate(columns)}
     currency, unpriced = place["currency"], place["unpriced"]
     costs = ", ".join(f"sum({place[cost]})" for cost in (*COSTS, "margin"))
@@ -89,4 +90,8 @@ def _totals(reader: Reader, columns: list[Column]) -> list[Totals]:
         f" GROUP BY {currency} ORDER BY {currency} NULLS LAST"
     ).fetchall()
     names = ("currency", *COSTS, "margin", "unpriced")
-    return [dict(zip(names, totals, strict=True)) for totals in found]
+    told: list[dict[str, Value]] = [dict(zip(names, totals, strict=True)) for totals in found]
+    for one in told:
+        if one["currency"] is None and one["unpriced"]:
+            one |= dict.fromkeys((*COSTS, "margin"))
+    return told
