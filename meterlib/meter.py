@@ -133,16 +133,16 @@ class _Meter:
     def _check_shard(self, shard: int) -> None:
         check_count(shard, "shard", self.shards - 1, least=0)
 
-    def _queue_of(self, tenant: str, attributes: Mapping[str, str]) -> tuple[str, ...]:
-        """Whoever touches the same limits waits in the same queue."""
+    def _windows_of(self, tenant: str, attributes: Mapping[str, str]) -> dict[str, str]:
+        """The window of each limit that such a call touches, by the limit's name."""
         check_tenant(tenant)
         check_attributes(attributes)
-        return (tenant, *(bound.window_field for bound in self._context.compiled.limits_of(tenant, attributes)))
+        return {bound.name: bound.window_field for bound in self._context.compiled.limits_of(tenant, attributes)}
 
     def _ended(self, tenant: str, attributes: Mapping[str, str] | None) -> None:
         """Whoever waits in this process for what a reservation held asks at once."""
         if self._queues:
-            windows = None if attributes is None else self._queue_of(tenant, attributes)[1:]
+            windows = None if attributes is None else self._windows_of(tenant, attributes).values()
             self._queues.freed(tenant, windows)
 
     def _check_open(self) -> None:
@@ -377,7 +377,8 @@ class Meter(_Meter):
 
         if not max_wait_ms:
             return attempt()
-        waited: Reservation = self._queues.take(self._queue_of(tenant, attributes), attempt, max_wait_ms)
+        windows = self._windows_of(tenant, attributes)
+        waited: Reservation = self._queues.take(tenant, windows, attempt, max_wait_ms)
         return waited
 
     def revise(self, tenant: str, reservation_id: str, usage: Usage, *, revision: int = 0) -> None:
@@ -693,7 +694,8 @@ class AsyncMeter(_Meter):
 
         if not max_wait_ms:
             return await attempt()
-        waited: AsyncReservation = await self._queues.take(self._queue_of(tenant, attributes), attempt, max_wait_ms)
+        windows = self._windows_of(tenant, attributes)
+        waited: AsyncReservation = await self._queues.take(tenant, windows, attempt, max_wait_ms)
         return waited
 
     def _take_back(self, tenant: str, reservation_id: str) -> None:

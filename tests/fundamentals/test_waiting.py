@@ -14,11 +14,14 @@ from hypothesis import strategies as st
 
 from meterlib import AsyncMeter, InvalidInput, Limit, Meter, Policy, QuotaExceeded, Usage
 from meterlib.testing import Clock
+from meterlib.waiting import Lines, Waiter
 
 POLICY = Policy(
     limits=[
         Limit(name="requests", quota=2, window="1m", match={"kind": "window"}),
         Limit(name="open", quota=1, open=True, match={"kind": "open"}, retry_hint_ms=60_000),
+        Limit(name="shared", quota=1, window="1s", match={"kind": "model"}),
+        Limit(name="model", quota=1, window="1m", per=["model"], match={"kind": "model"}),
         Limit(name="small", quota=5, unit="input_tokens", window="1m", oversize="reject", match={"kind": "small"}),
     ]
 )
@@ -39,8 +42,12 @@ def window(meter: AsyncMeter, **options: Any) -> asyncio.Task[Any]:
     return asyncio.ensure_future(meter.reserve("acme", {"kind": "window"}, Usage(), **options))
 
 
+def waiting(meter: AsyncMeter | Meter) -> int:
+    return len({one.number for line in meter._queues._lines._lines.values() for one in line})
+
+
 async def until_waiting(meter: AsyncMeter, count: int) -> None:
-    while sum(len(queue) for queue in meter._queues._queues.values()) < count:
+    while waiting(meter) < count:
         await asyncio.sleep(0)
     await asyncio.sleep(0.005)
 
@@ -99,6 +106,83 @@ def test_who_came_first_is_served_first(count: int) -> None:
         assert not meter._queues
 
     run(use)
+
+
+def model(meter: AsyncMeter, name: str, **options: Any) -> asyncio.Task[Any]:
+    return asyncio.ensure_future(meter.reserve("acme", {"kind": "model", "model": name}, Usage(), **options))
+
+
+@given(st.permutations("abcdef"))
+def test_calls_of_any_kind_are_served_in_turn_where_they_wait_for_the_same(names: list[str]) -> None:
+    """Each has a window of its own, with room; all wait for the one that they share."""
+
+    async def use(meter: AsyncMeter, clock: Clock) -> None:
+        await model(meter, "first")
+        served: list[str] = []
+        for number, name in enumerate(names, 1):
+            task = model(meter, name, max_wait_ms=86_400_000)
+            task.set_name(name)
+            task.add_done_callback(lambda task: served.append(task.get_name()))
+            await until_waiting(meter, number)
+        while len(served) < len(names):
+            clock.advance(ms=500)
+            await asyncio.sleep(0.002)
+        assert served == names
+        assert not meter._queues
+
+    run(use)
+
+
+def test_who_waits_for_something_else_stands_in_nobodys_way() -> None:
+    """The shared window has room again; of those who wait, the first is waiting for its model."""
+
+    async def use(meter: AsyncMeter, clock: Clock) -> None:
+        await model(meter, "a")
+        clock.advance(ms=2_000)
+        same = model(meter, "a", max_wait_ms=86_400_000)
+        await until_waiting(meter, 1)
+
+        await asyncio.wait_for(model(meter, "b", max_wait_ms=86_400_000), 5)
+
+        assert not same.done()
+        clock.advance(ms=70_000)
+        await same
+
+    run(use)
+
+
+def come(lines: Lines, *windows: str) -> Waiter:
+    return lines.come("acme", {window: window for window in windows}, threading.Event())
+
+
+def test_who_asks_for_the_first_time_stands_before_all_who_touch_the_same() -> None:
+    """Until the store has said what denies it: a smaller call must not pass it meanwhile."""
+    lines = Lines()
+    first, second, third = come(lines, "shared", "a"), come(lines, "shared", "b"), come(lines, "c")
+
+    assert [True, False, True] == [lines.is_first(one) for one in (first, second, third)]
+    lines.denied(first, ["a"])
+
+    assert second.woken.is_set()  # type: ignore[attr-defined]
+    assert lines.is_first(second)
+
+
+def test_who_was_denied_before_is_woken_by_whoever_it_stands_behind_now() -> None:
+    """The first waits for another window than it did, which the second touches as well."""
+    lines = Lines()
+    first, second = come(lines, "shared", "a"), come(lines, "shared", "b")
+    for one, window in ((first, "a"), (second, "b"), (first, "shared")):
+        assert lines.is_first(one)
+        lines.denied(one, [window])
+    assert not lines.is_first(second)
+    second.woken.clear()  # type: ignore[attr-defined]
+
+    lines.wait_for(first, frozenset())
+
+    assert second.woken.is_set()  # type: ignore[attr-defined]
+    assert lines.is_first(second)
+    lines.wait_for(second, frozenset())
+    assert not lines
 
 
 def test_a_slot_that_frees_goes_to_the_first_in_the_queue_at_once() -> None:
@@ -218,7 +302,7 @@ def test_threads_wait_in_turn_too() -> None:
         for number in range(8):
             threads.append(threading.Thread(target=one, args=(number,)))
             threads[-1].start()
-            while sum(len(queue) for queue in meter._queues._queues.values()) <= number:
+            while waiting(meter) <= number:
                 time.sleep(0.001)
         held.settle(Usage())
         for thread in threads:
