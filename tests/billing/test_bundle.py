@@ -8,6 +8,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -257,6 +258,37 @@ def test_a_correction_of_a_call_that_nothing_was_known_of_verifies(tmp_path: Pat
 
 
 SPLIT = ("ephemeral_5m_input_tokens", "ephemeral_1h_input_tokens")
+
+
+def altered_row(files: dict[str, bytes], wanted: Callable[[dict[str, str]], bool], **told: str) -> dict[str, bytes]:
+    """The files with one row changed, what it costs worked out anew."""
+    table = list(csv.DictReader(io.StringIO(files["rows.csv"].decode())))
+    row = next(row for row in table if wanted(row))
+    row.update(told)
+    for name in ("list", "contracted", "billed"):
+        cost = Decimal(row[f"{name}_price"]) * Decimal(row["quantity"]) / Decimal(row["per"])
+        row[f"{name}_cost"] = f"{cost:.12f}"
+    out = io.StringIO()
+    writer = csv.DictWriter(out, table[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    return files | {"rows.csv": out.getvalue().encode()}
+
+
+@pytest.mark.parametrize("rated_again", [False, True])
+def test_a_fee_is_on_as_much_as_its_own_key_paid(books: Ledgers, tmp_path: Path, rated_again: bool) -> None:
+    """Of any other quantity it is found, though it is multiplied and added up as it should be."""
+    if rated_again:
+        assert books.rate_again(DEARER, at_ms("2026-11-20"))
+    period = NOVEMBER if rated_again else OCTOBER
+    path = bundled(books, tmp_path, "acme", period)
+    files = files_of(path)
+    is_fee = {"charge": "platform_fee"} | ({"corrects": OCTOBER, "posting": "1"} if rated_again else {})
+
+    assert [] == sealed(path, altered_row(files, lambda row: is_fee.items() <= row.items())).problems
+    found = sealed(path, altered_row(files, lambda row: is_fee.items() <= row.items(), quantity="1000000000"))
+
+    assert any("platform fee on other usage" in problem or "another quantity" in problem for problem in found.problems)
 
 
 def test_several_corrections_of_a_call_are_each_counted_once(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 Nothing is unpacked, files are stored and never compressed, and no name of a file is used as one; so nothing can grow,
 or get out. What a bundle cannot tell is whether calls are missing in it, and whether the list price was right: those
-are for the customer's own books, and for the price list.
+are for the customer's own books, and for the price list. What it could tell and is not asked yet: whether rows are of
+the month that their entry was booked in, whether a re-rating takes back what stood, and by which of several prices each
+part of a correction goes.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from meterlib.billing.bundle.bundle import StatedPrice, StatedTerms
 from meterlib.billing.prices.prices import PriceBooks
 from meterlib.billing.rating.measures import passes_of
 from meterlib.billing.rating.rated import RatedRow
-from meterlib.billing.rating.rating import LINES_PER_PASS, add_usage, as_corrected, doubt_of_prompt, rate
+from meterlib.billing.rating.rating import FEE_LINES, LINES_PER_PASS, add_usage, as_corrected, doubt_of_prompt, rate
 from meterlib.billing.rating.rerating import RERATED_LINES, TAKEN_BACK
 from meterlib.billing.rating.rounding import rounded_lines
 from meterlib.billing.reports.invoice import Invoice, Line, SectionName
@@ -24,6 +24,7 @@ _ENTRY_FIELDS = ("kind", "tenant", "funding", "quality")
 _SAME = ("quantity", "provider", "model", "pass_kind", "token_type", "variant", "geo", "at_ms")
 _PAIRS = (("list_price", "list_cost"), ("contracted_price", "contracted_cost"), ("billed_price", "billed_cost"))
 
+_OF_FEE = (*_SAME, "posting", "above", "per", "price_digest", "currency")
 _OF_PRICE = ("currency", "price_source", "price_model", "price_digest", "price_from")
 
 Row = Mapping[str, Any]
@@ -170,6 +171,7 @@ class RowCheck:
             for row in first:
                 if (one := made.get(row["line"])) is not None:
                     yield from self._of_line(entry, one, row)
+        yield from _of_fees(entry, rows)
         if entry.kind != "adjusted":
             yield from self._of_tiers(entry, rows)
             yield from self._of_reratings(entry, rows)
@@ -244,8 +246,8 @@ class RowCheck:
         """A re-rating has the quantities of the entry, once posted and once taken back."""
         made = {row.line: row.quantity for row in rate(entry, _NO_BOOKS)}
         for row in rows:
-            if row["rating"] and row["charge"] == "usage":
-                line = row["line"] % RERATED_LINES
+            if row["rating"]:
+                line = row["line"] % RERATED_LINES - (0 if row["charge"] == "usage" else FEE_LINES)
                 sign = -1 if line & TAKEN_BACK else 1
                 if made.get(line % TAKEN_BACK) != sign * row["quantity"] or row["posting"] != sign:
                     yield f"line {row['line']} of a re-rating has another quantity than the entry"
@@ -293,6 +295,21 @@ def _holds(row: Row, stated: StatedTerms) -> bool:
         return told == (row["list_price"], ZERO)
     contracted = stated.terms.contracted(row["list_price"])
     return told == (contracted, contracted)
+
+
+def _of_fees(entry: LedgerEntry, rows: Sequence[Row]) -> Iterator[str]:
+    """A platform fee is on what an own key paid, as much of it and of the same price; re-ratings may post it alone."""
+    usage = {row["line"]: row for row in rows if row["charge"] == "usage"}
+    for row in rows:
+        if row["charge"] != "platform_fee":
+            continue
+        beside = usage.get(row["line"] - FEE_LINES)
+        if entry.funding != "own":
+            yield f"line {row['line']} is a platform fee, and the key was not the customer's own"
+        elif beside is None and not row["rating"]:
+            yield f"line {row['line']} is a platform fee on nothing"
+        elif beside is not None and any(row[name] != beside[name] for name in _OF_FEE):
+            yield f"line {row['line']} is a platform fee on other usage than it is beside"
 
 
 def _net(pairs: Sequence[tuple[str, int]]) -> dict[str, int]:
