@@ -262,17 +262,9 @@ SPLIT = ("ephemeral_5m_input_tokens", "ephemeral_1h_input_tokens")
 
 def altered_row(files: dict[str, bytes], wanted: Callable[[dict[str, str]], bool], **told: str) -> dict[str, bytes]:
     """The files with one row changed, what it costs worked out anew."""
-    table = list(csv.DictReader(io.StringIO(files["rows.csv"].decode())))
-    row = next(row for row in table if wanted(row))
-    row.update(told)
-    for name in ("list", "contracted", "billed"):
-        cost = Decimal(row[f"{name}_price"]) * Decimal(row["quantity"]) / Decimal(row["per"])
-        row[f"{name}_cost"] = f"{cost:.12f}"
-    out = io.StringIO()
-    writer = csv.DictWriter(out, table[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    return files | {"rows.csv": out.getvalue().encode()}
+    table = whole_rows(files)
+    next(row for row in table if wanted(row)).update(told)
+    return with_rows(files, table)
 
 
 @pytest.mark.parametrize("rated_again", [False, True])
@@ -289,6 +281,97 @@ def test_a_fee_is_on_as_much_as_its_own_key_paid(books: Ledgers, tmp_path: Path,
     found = sealed(path, altered_row(files, lambda row: is_fee.items() <= row.items(), quantity="1000000000"))
 
     assert any("platform fee on other usage" in problem or "another quantity" in problem for problem in found.problems)
+
+
+def whole_rows(files: dict[str, bytes]) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(files["rows.csv"].decode())))
+
+
+def with_rows(files: dict[str, bytes], table: list[dict[str, str]]) -> dict[str, bytes]:
+    """The files with other rows, each of which costs what it says."""
+    for row in table:
+        for name in ("list", "contracted", "billed") if row["per"] and row["list_price"] else ():
+            cost = Decimal(row[f"{name}_price"]) * Decimal(row["quantity"]) / Decimal(row["per"])
+            row[f"{name}_cost"] = f"{cost:.12f}"
+    out = io.StringIO()
+    writer = csv.DictWriter(out, table[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    return files | {"rows.csv": out.getvalue().encode()}
+
+
+def of_another_month(table: list[dict[str, str]]) -> None:
+    for row in table:
+        row["booked_at_ms"] = str(at_ms("2026-11-05"))
+
+
+def at_another_time(table: list[dict[str, str]]) -> None:
+    table[0]["booked_at_ms"] = str(int(table[0]["booked_at_ms"]) + 1)
+
+
+def of_a_closed_month(table: list[dict[str, str]]) -> None:
+    table[0]["corrects"] = "2026-08"
+
+
+def correcting_itself(table: list[dict[str, str]]) -> None:
+    table[0]["corrects"] = table[0]["period"]
+
+
+def nothing_taken_back(table: list[dict[str, str]]) -> None:
+    table[:] = [row for row in table if row["posting"] != "-1"]
+
+
+def taken_back_twice(table: list[dict[str, str]]) -> None:
+    back = next(row for row in table if row["posting"] == "-1")
+    table.insert(table.index(back) + 1, back | {"line": str(int(back["line"]) + 1)})
+
+
+def taken_back_cheaper(table: list[dict[str, str]]) -> None:
+    back = next(row for row in table if row["posting"] == "-1")
+    back.update(price_digest=table[-1]["price_digest"], list_price="0.000000")
+
+
+def more_corrected(table: list[dict[str, str]]) -> None:
+    one = next(row for row in table if row["kind"] == "adjusted")
+    one["quantity"] = str(int(one["quantity"]) + 1000)
+
+
+def another_models_correction(table: list[dict[str, str]]) -> None:
+    next(row for row in table if row["kind"] == "adjusted")["model"] = "steep"
+
+
+@pytest.mark.parametrize(
+    ("lie", "problem"),
+    [
+        (of_another_month, "was booked in another month"),
+        (at_another_time, "was booked at another time than the entry"),
+        (of_a_closed_month, "the entry is not of that month"),
+        (correcting_itself, "which was not closed by then"),
+        (nothing_taken_back, "takes back as much of line"),
+        (taken_back_twice, "taken back before"),
+        (taken_back_cheaper, "is not what it takes back"),
+        (more_corrected, "do not add up to the difference that it says"),
+        (another_models_correction, "it is of another model or kind of token than the call"),
+    ],
+    ids=lambda one: getattr(one, "__name__", ""),
+)
+def test_a_lie_that_adds_up_is_found(tmp_path: Path, lie: Callable[[list[dict[str, str]]], None], problem: str) -> None:
+    """Though every product and every digest is as it should be."""
+    ledgers = Ledgers(tmp_path)
+    call = ledgers.call("2026-10-02", usage=tokens(input_tokens=1_001, output_tokens=77))
+    ledgers.correction(call, at_ms("2026-10-20"), {"input_tokens": 5})
+    ledgers.rate()
+    assert ledgers.rate_again(DEARER, at_ms("2026-10-21"))
+    path = bundled(ledgers, tmp_path)
+    files = files_of(path)
+    ledgers.close()
+    assert [] == sealed(path, with_rows(files, whole_rows(files))).problems
+
+    table = whole_rows(files)
+    lie(table)
+    found = sealed(path, with_rows(files, table))
+
+    assert any(problem in one for one in found.problems), found.problems
 
 
 def test_several_corrections_of_a_call_are_each_counted_once(tmp_path: Path) -> None:

@@ -2,9 +2,9 @@
 
 Nothing is unpacked, files are stored and never compressed, and no name of a file is used as one; so nothing can grow,
 or get out. What a bundle cannot tell is whether calls are missing in it, and whether the list price was right: those
-are for the customer's own books, and for the price list. What it could tell and is not asked yet: whether rows are of
-the month that their entry was booked in, whether a re-rating takes back what stood, and by which of several prices each
-part of a correction goes.
+are for the customer's own books, and for the price list. What a re-rating takes back of a closed month stands on an
+earlier invoice, and is to be compared with that one. What it could tell and is not asked yet: by which of several
+prices each part of a correction goes.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class _Check:
         self._check_prices(prices)
         terms = self._decoded(TERMS, list[StatedTerms])
         adding = Adding()
-        check = RowCheck(invoice.tenant, invoice.period, prices, terms, self._problem)
+        check = RowCheck(invoice.tenant, invoice.period, invoice.tz, prices, terms, self._problem)
         self._check_rows(manifest, check, adding)
         for problem in adding.differences(invoice):
             self._problem(problem)

@@ -9,10 +9,19 @@ from typing import Any
 import msgspec
 
 from meterlib.billing.bundle.bundle import StatedPrice, StatedTerms
+from meterlib.billing.months import month_at, month_named
 from meterlib.billing.prices.prices import PriceBooks
 from meterlib.billing.rating.measures import passes_of
-from meterlib.billing.rating.rated import RatedRow
-from meterlib.billing.rating.rating import FEE_LINES, LINES_PER_PASS, add_usage, as_corrected, doubt_of_prompt, rate
+from meterlib.billing.rating.rated import RatedRow, RatedRows
+from meterlib.billing.rating.rating import (
+    FEE_LINES,
+    LINES_PER_PASS,
+    REVERSED_LINES,
+    add_usage,
+    as_corrected,
+    doubt_of_prompt,
+    rate,
+)
 from meterlib.billing.rating.rerating import RERATED_LINES, TAKEN_BACK
 from meterlib.billing.rating.rounding import rounded_lines
 from meterlib.billing.reports.invoice import Invoice, Line, SectionName
@@ -24,6 +33,17 @@ _ENTRY_FIELDS = ("kind", "tenant", "funding", "quality")
 _SAME = ("quantity", "provider", "model", "pass_kind", "token_type", "variant", "geo", "at_ms")
 _PAIRS = (("list_price", "list_cost"), ("contracted_price", "contracted_cost"), ("billed_price", "billed_cost"))
 
+_AS_POSTED = (
+    *_SAME[1:],
+    "charge",
+    "above",
+    "per",
+    "price_digest",
+    "currency",
+    "list_price",
+    "billed_price",
+    "unpriced",
+)
 _OF_FEE = (*_SAME, "posting", "above", "per", "price_digest", "currency")
 _OF_PRICE = ("currency", "price_source", "price_model", "price_digest", "price_from")
 
@@ -37,6 +57,7 @@ class RowCheck:
     Args:
         tenant: whose they are.
         period: to which they belong.
+        tz: the zone that it is a month of.
         prices: by digest.
         terms: of the tenant.
         problem: is told what is wrong.
@@ -46,11 +67,13 @@ class RowCheck:
         self,
         tenant: str,
         period: str,
+        tz: str,
         prices: Mapping[str, StatedPrice],
         terms: Sequence[StatedTerms],
         problem: Callable[[str], None],
     ) -> None:
         self._tenant, self._period, self._prices = tenant, period, prices
+        self._tz, self._month = tz, month_named(period, tz)
         self._terms = [one for one in terms if not one.corrects]
         self._kept = {(one.epoch, one.shard, one.first): one for one in terms if one.corrects}
         self._problem = problem
@@ -172,9 +195,26 @@ class RowCheck:
                 if (one := made.get(row["line"])) is not None:
                     yield from self._of_line(entry, one, row)
         yield from _of_fees(entry, rows)
+        for row in rows:
+            yield from self._of_month(entry, row)
+        yield from self._of_reratings(entry, rows)
         if entry.kind != "adjusted":
             yield from self._of_tiers(entry, rows)
-            yield from self._of_reratings(entry, rows)
+
+    def _of_month(self, entry: LedgerEntry, row: Row) -> Iterator[str]:
+        """A row is of the month that its entry was booked in, or says which closed month it corrects."""
+        where, month, booked_ms, corrects = f"line {row['line']}", self._month, row["booked_at_ms"], row["corrects"]
+        late_ms = month_at(self._tz, booked_ms).start_ms  # where what is rated after its month was closed is booked
+        if booked_ms != entry.booked_at and not (entry.booked_at < booked_ms == late_ms):
+            yield f"{where} was booked at another time than the entry"
+        if not month.start_ms <= booked_ms < month.end_ms and not (row["rating"] and corrects):
+            yield f"{where} was booked in another month"
+        if corrects >= self._period and corrects:
+            yield f"{where} corrects {corrects}, which was not closed by then"
+        elif entry.kind not in ("adjusted", "late") and corrects:
+            told = month_at(self._tz, booked_ms if row["rating"] and booked_ms < month.start_ms else entry.booked_at)
+            if corrects != told.label:
+                yield f"{where} corrects {corrects}, and the entry is not of that month"
 
     def _of_line(self, entry: LedgerEntry, one: RatedRow, row: Row) -> Iterator[str]:
         """A row says of a line what the entry says of it."""
@@ -218,18 +258,16 @@ class RowCheck:
             before = rate(known, _NO_BOOKS)
             changed = msgspec.structs.replace(known, usage=add_usage(known.usage, entry.usage))
             after = rate(changed, _NO_BOOKS)
-            net = _net([(row.token_type, row.quantity) for row in after])
-            for kind, quantity in _net([(row.token_type, row.quantity) for row in before]).items():
-                net[kind] = net.get(kind, 0) - quantity
         else:
-            net = _net([(row.token_type, row.quantity) for row in made])
+            before, after = RatedRows(), made
             if (entry.epoch, entry.shard, entry.n) in self._kept:
                 yield "it is stated to have the terms of a call that is not in the bundle"
-        told = _net([(row["token_type"], row["quantity"]) for row in rows])
-        if {kind: count for kind, count in net.items() if count} != {
-            kind: count for kind, count in told.items() if count
-        }:
-            yield "its rows do not add up to the difference that it says"
+        old, new = {one.line: one for one in before}, {one.line: one for one in after}
+        posted = {row["line"]: row for row in rows}
+        for line in sorted(old.keys() | new.keys() | {at % REVERSED_LINES for at in posted}):
+            yield from _of_change(
+                old.get(line), new.get(line), posted.get(line + REVERSED_LINES), posted.get(line), f"line {line}"
+            )
 
     def _of_kept_terms(self, entry: LedgerEntry, call: LedgerEntry) -> Iterator[str]:
         """The terms that are stated of a correction are those that its call has."""
@@ -243,14 +281,24 @@ class RowCheck:
             yield f"its terms are not those of {kept.corrects}, which it corrects"
 
     def _of_reratings(self, entry: LedgerEntry, rows: Sequence[Row]) -> Iterator[str]:
-        """A re-rating has the quantities of the entry, once posted and once taken back."""
+        """A re-rating has the quantities of the entry, once taken back, as they stood, and once posted."""
         made = {row.line: row.quantity for row in rate(entry, _NO_BOOKS)}
+        sums: dict[tuple[int, int], int] = {}
         for row in rows:
-            if row["rating"]:
-                line = row["line"] % RERATED_LINES - (0 if row["charge"] == "usage" else FEE_LINES)
-                sign = -1 if line & TAKEN_BACK else 1
-                if made.get(line % TAKEN_BACK) != sign * row["quantity"] or row["posting"] != sign:
-                    yield f"line {row['line']} of a re-rating has another quantity than the entry"
+            if not row["rating"]:
+                continue
+            line = row["line"] % RERATED_LINES - (0 if row["charge"] == "usage" else FEE_LINES)
+            sign = -1 if line & TAKEN_BACK else 1
+            amount = sign * row["quantity"]
+            if entry.kind != "adjusted" and (made.get(line % TAKEN_BACK) != amount or row["posting"] != sign):
+                yield f"line {row['line']} of a re-rating has another quantity than the entry"
+            if row["charge"] == "usage":
+                key = (row["rating"], line % REVERSED_LINES)
+                sums[key] = sums.get(key, 0) + row["quantity"]
+        for (rating, line), left in sums.items():
+            if left:
+                yield f"re-rating {rating} takes back as much of line {line} as it posts, but for {left}"
+        yield from _of_standing(rows)
 
     def _remember(self, entry: LedgerEntry) -> None:
         """Keep what a later correction may be about, its usage as corrected so far."""
@@ -297,6 +345,24 @@ def _holds(row: Row, stated: StatedTerms) -> bool:
     return told == (contracted, contracted)
 
 
+def _of_standing(rows: Sequence[Row]) -> Iterator[str]:
+    """What a re-rating takes back is what was posted, once, as far as that is on the same invoice."""
+    posted = {row["line"]: row for row in rows if not row["line"] & TAKEN_BACK}
+    gone: set[int] = set()
+    for row in rows:
+        if not row["line"] & TAKEN_BACK:
+            continue
+        stood = posted.get(row["reverses"])
+        if row["reverses"] in gone:
+            yield f"line {row['line']} takes back {row['reverses']}, which was taken back before"
+        elif stood is not None and (
+            any(stood[name] != row[name] for name in _AS_POSTED)
+            or (-stood["quantity"], -stood["posting"]) != (row["quantity"], row["posting"])
+        ):
+            yield f"line {row['line']} is not what it takes back"
+        gone.add(row["reverses"])
+
+
 def _of_fees(entry: LedgerEntry, rows: Sequence[Row]) -> Iterator[str]:
     """A platform fee is on what an own key paid, as much of it and of the same price; re-ratings may post it alone."""
     usage = {row["line"]: row for row in rows if row["charge"] == "usage"}
@@ -312,11 +378,20 @@ def _of_fees(entry: LedgerEntry, rows: Sequence[Row]) -> Iterator[str]:
             yield f"line {row['line']} is a platform fee on other usage than it is beside"
 
 
-def _net(pairs: Sequence[tuple[str, int]]) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for kind, quantity in pairs:
-        found[kind] = found.get(kind, 0) + quantity
-    return found
+def _of_change(
+    old: RatedRow | None, new: RatedRow | None, back: Row | None, posted: Row | None, where: str
+) -> Iterator[str]:
+    """What a correction posts of a line leads from what it was to what it is: by the difference, or all of it anew."""
+    was, now = old.quantity if old else 0, new.quantity if new else 0
+    expected = (-was, now) if back is not None else (0, now - was)
+    told = tuple(row["quantity"] if row is not None else 0 for row in (back, posted))
+    signs = [row["posting"] == sign for row, sign in ((back, -1), (posted, 1)) if row is not None]
+    if told != expected or not all(signs):
+        yield f"{where}: its rows do not add up to the difference that it says"
+    for one, row in ((old, back), (new, posted)):
+        named = _SAME[1:]
+        if row is not None and (one is None or any(getattr(one, name) != row[name] for name in named)):
+            yield f"{where}: it is of another model or kind of token than the call"
 
 
 # ── The invoice ───────────────────────────────────────────────────────────────────────────────────────────────────────
