@@ -336,6 +336,10 @@ def more_corrected(table: list[dict[str, str]]) -> None:
     one["quantity"] = str(int(one["quantity"]) + 1000)
 
 
+def counted_backwards(table: list[dict[str, str]]) -> None:
+    next(row for row in table if row["kind"] == "adjusted")["posting"] = "-1"
+
+
 def another_models_correction(table: list[dict[str, str]]) -> None:
     next(row for row in table if row["kind"] == "adjusted")["model"] = "steep"
 
@@ -351,6 +355,7 @@ def another_models_correction(table: list[dict[str, str]]) -> None:
         (taken_back_twice, "taken back before"),
         (taken_back_cheaper, "is not what it takes back"),
         (more_corrected, "do not add up to the difference that it says"),
+        (counted_backwards, "do not add up to the difference that it says"),
         (another_models_correction, "it is of another model or kind of token than the call"),
     ],
     ids=lambda one: getattr(one, "__name__", ""),
