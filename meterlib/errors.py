@@ -188,7 +188,8 @@ class StoreUnavailable(StoreError):
 
 
 class StoreOverloaded(StoreUnavailable):
-    """Too many operations wait for the store already: this one was not sent. Fewer calls at once, or more processes.
+    """Too many operations wait already, of this tenant or of all: this one was not sent. Fewer at once help, or more
+    processes.
 
     Attributes:
         waiting: how many do.

@@ -5,6 +5,10 @@ which is away keeps no other's operations waiting. An operation that finds its l
 while others are on their way waits, and goes with the next round trip, tenants taking turns: those of one verb and one
 shard in one script call, which loads and writes each window once. So ten thousand waiting tasks need two connections,
 and the busier the store, the larger the batches, and the cheaper each operation.
+
+A lane has room for so many and no more; whoever comes then is told at once, and nothing is sent. No tenant takes more
+of the room than it leaves free, so that a flood of one tenant's calls is refused to that tenant, and who begins
+something takes three quarters of it at most, so that calls which run already can end.
 """
 
 from __future__ import annotations
@@ -33,7 +37,10 @@ UNDER_WAY_MAX = 2
 """Round trips of a lane at once. A second one leaves only if it is full: while the store works on one, the next is made
 ready; with less to do, one at a time has more in it."""
 
-WAITING_MAX = 20_000
+WAITING_MAX = 60_000
+"""Operations that wait in a lane, of all tenants: more than the fastest server answers before a call gives up."""
+
+_BEGINS = ("reserve",)
 STOPPED = "the meter was closed meanwhile"
 
 W = TypeVar("W")
@@ -54,13 +61,22 @@ class Lane(Generic[W]):
         begun_s: when the round trips that are under way were begun.
         failing: the store did not answer the last one.
         waiting: how many operations wait.
+
+    Args:
+        room: how many may.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, room: int) -> None:
+        self._room = room
         self.begun_s: list[float] = []
         self.failing = False
         self.waiting = 0
         self._tenants: OrderedDict[str, deque[Waiting[W]]] = OrderedDict()
+
+    def has_room(self, call: Call) -> bool:
+        """Whether one more may wait: what is free is more than its tenant takes already."""
+        room = self._room * 3 // 4 if call.script in _BEGINS else self._room
+        return len(self._tenants.get(_tenant_of(call.operation), ())) < room - self.waiting
 
     def add(self, waiting: Waiting[W]) -> None:
         """It waits behind its tenant's others."""
@@ -118,6 +134,7 @@ class Lanes(Generic[W]):
     Args:
         lane_of: tells calls of different lanes apart.
         deadline_ms: how long an operation has, its wait included.
+        waiting_max: how many may wait in each.
     """
 
     def __init__(self, lane_of: Callable[[Call], Hashable], deadline_ms: int, waiting_max: int = WAITING_MAX) -> None:
@@ -126,7 +143,6 @@ class Lanes(Generic[W]):
         self._stuck_s = 3 * self.deadline_s + 10
         self._waiting_max = waiting_max
         self._lanes: dict[Hashable, Lane[W]] = {}
-        self.waiting = 0
 
     def enter(self, call: Call) -> RoundTrip[W] | None:
         """A free lane's round trip, for this operation alone, is under way from now on; None if the lane is busy."""
@@ -141,11 +157,10 @@ class Lanes(Generic[W]):
         Raises:
             StoreOverloaded: too many wait already; this one was not sent.
         """
-        if self.waiting >= self._waiting_max:
-            raise StoreOverloaded(call.script, self.waiting)
         lane = self._lane(call)
+        if not lane.has_room(call):
+            raise StoreOverloaded(call.script, lane.waiting)
         lane.add(Waiting(call, time.monotonic(), caller))
-        self.waiting += 1
         full = lane.waiting >= TOGETHER_MAX and len(lane.begun_s) < UNDER_WAY_MAX
         return self._leave(lane) if full else None
 
@@ -158,11 +173,6 @@ class Lanes(Generic[W]):
             return None
         return self._leave(lane)
 
-    def put_back(self, lane: Lane[W], waiting: Waiting[W]) -> None:
-        """It is tried once more, since it has time left."""
-        lane.add(waiting)
-        self.waiting += 1
-
     def left_s(self, since_s: float) -> float:
         """How much time who waits since then has left."""
         return since_s + self.deadline_s - time.monotonic()
@@ -171,13 +181,11 @@ class Lanes(Generic[W]):
         key = self._lane_of(call)
         lane = self._lanes.get(key)
         if lane is None:
-            lane = self._lanes[key] = Lane()
+            lane = self._lanes[key] = Lane(self._waiting_max)
         return lane
 
     def _leave(self, lane: Lane[W]) -> RoundTrip[W]:
-        due = lane.take()
-        self.waiting = max(0, self.waiting - len(due))
-        return self._begun(lane, due)
+        return self._begun(lane, lane.take())
 
     def _begun(self, lane: Lane[W], due: list[Waiting[W]]) -> RoundTrip[W]:
         begun_s = time.monotonic()
@@ -344,7 +352,7 @@ class AsyncBatching:
         """The time of a round trip was that of its oldest operation: if it ran out, the younger ones have some left."""
         for waiting in part:
             if timed_out and not waiting.caller.done() and self._lanes.left_s(waiting.since_s) > LONGEST_WAIT_S:
-                self._lanes.put_back(lane, waiting)
+                lane.add(waiting)
             else:
                 _fail(waiting, error)
 
@@ -521,6 +529,6 @@ class SyncBatching:
             for waiting in part:
                 if again and self._lanes.left_s(waiting.since_s) > LONGEST_WAIT_S:
                     with self._lock:
-                        self._lanes.put_back(lane, waiting)
+                        lane.add(waiting)
                 else:
                     waiting.caller.end(copy(outcome))

@@ -59,23 +59,27 @@ def answer_to(operation: Any) -> Reply:
     return [operation.field]
 
 
+def waiting(lanes: Lanes[Any]) -> int:
+    return sum(lane.waiting for lane in lanes._lanes.values())
+
+
 # ── Whose turn it is ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @given(st.lists(st.sampled_from("abc"), max_size=300))
-def test_tenants_take_turns_and_nobody_is_forgotten(waiting: list[str]) -> None:
+def test_tenants_take_turns_and_nobody_is_forgotten(tenants: list[str]) -> None:
     """A tenant with a thousand calls keeps one with a single call waiting for a single turn."""
     lanes: Lanes[int] = Lanes(one_lane, 5000)
     alone = lanes.enter(a_call("z", 0))
     assert alone is not None
-    trips = [trip for number, tenant in enumerate(waiting) if (trip := lanes.add(a_call(tenant, number), number))]
-    assert len(trips) == min(UNDER_WAY_MAX - 1, len(waiting) // TOGETHER_MAX), "only a full one leaves besides"
+    trips = [trip for number, tenant in enumerate(tenants) if (trip := lanes.add(a_call(tenant, number), number))]
+    assert len(trips) == min(UNDER_WAY_MAX - 1, len(tenants) // TOGETHER_MAX), "only a full one leaves besides"
     first = lanes.next(alone)
     trips += [first] if first else []
-    left, taken = Counter(waiting), []
+    left, taken = Counter(tenants), []
     for trip in trips:
         assert 1 <= len(trip.due) <= TOGETHER_MAX
-        served = Counter(waiting[entry.caller] for entry in trip.due)
+        served = Counter(tenants[entry.caller] for entry in trip.due)
         for mine in served:
             ahead = max(served.values()) - served[mine]
             assert ahead <= 1 or served[mine] == left[mine], "it had more, and another was served first"
@@ -83,11 +87,11 @@ def test_tenants_take_turns_and_nobody_is_forgotten(waiting: list[str]) -> None:
         taken += [entry.caller for entry in trip.due]
         following = lanes.next(trip)
         trips += [following] if following else []
-    assert sorted(taken) == list(range(len(waiting)))
-    for key in set(waiting):
-        theirs = [number for number in taken if waiting[number] == key]
+    assert sorted(taken) == list(range(len(tenants)))
+    for key in set(tenants):
+        theirs = [number for number in taken if tenants[number] == key]
         assert theirs == sorted(theirs), "a tenant's own calls keep their order"
-    assert 0 == lanes.waiting
+    assert 0 == waiting(lanes)
     assert lanes.enter(a_call("z", 1)), "it is free again"
 
 
@@ -114,17 +118,50 @@ def test_operations_of_one_verb_and_shard_share_a_script_call(asked: list[tuple[
         assert all(calls[kind] == -(-held[kind] // BATCH_MAX) for kind in held)
 
 
-def test_too_many_waiting_calls_are_refused_at_once() -> None:
-    """Overload is told to whoever comes last, and nothing is sent for it."""
-    lanes: Lanes[int] = Lanes(one_lane, 5000, waiting_max=3)
-    lanes.enter(a_call("a", 0))
-    for number in range(3):
-        lanes.add(a_call("a", number), number)
+@given(
+    st.integers(1, 12),
+    st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["reserve", "settle", "peek"])), max_size=60),
+)
+def test_no_tenant_takes_more_room_than_it_leaves_free(room: int, asked: list[tuple[str, str]]) -> None:
+    """And calls that begin leave a quarter of it to those that end; whoever is refused was not sent."""
+    lanes: Lanes[int] = Lanes(one_lane, 5000, waiting_max=room)
+    alone = lanes.enter(a_call("z", 0))
+    assert alone is not None
+    there: Counter[str] = Counter()
+    for number, (tenant, verb) in enumerate(asked):
+        free = (room * 3 // 4 if verb == "reserve" else room) - there.total()
+        call = a_call(tenant, number)._replace(script=verb)
+        if there[tenant] < free:
+            assert lanes.add(call, number) is None
+            there[tenant] += 1
+        else:
+            with pytest.raises(StoreOverloaded, match=f"{verb}: {there.total()} operations wait"):
+                lanes.add(call, number)
+        assert there.total() == waiting(lanes) <= room
+    due = trip.due if (trip := lanes.next(alone)) else []
+    assert there == Counter(asked[one.caller][0] for one in due)
 
-    with pytest.raises(StoreOverloaded, match="3 operations wait"):
-        lanes.add(a_call("b", 3), 3)
 
-    assert 3 == lanes.waiting
+def test_a_flood_of_one_tenant_is_refused_to_nobody_else() -> None:
+    """Others begin calls and end them all the while; so do those of another lane, whose server is another one."""
+    lanes: Lanes[int] = Lanes(lambda call: call.shard, 5000)
+    for shard in (0, 1):
+        assert lanes.enter(a_call("z", 0, shard))
+    refused: Counter[str] = Counter()
+    for number in range(100_000):
+        for tenant, verb, shard, every in (
+            ("greedy", "reserve", 0, 1),
+            ("modest", "reserve", 0, 1000),
+            ("greedy", "settle", 0, 1000),
+            ("modest", "settle", 0, 1000),
+            ("greedy", "reserve", 1, 10),
+        ):
+            if number % every == 0:
+                try:
+                    lanes.add(a_call(tenant, number, shard)._replace(script=verb), number)
+                except StoreOverloaded:
+                    refused[f"{tenant} {verb} {shard}"] += 1
+    assert refused.keys() == {"greedy reserve 0"}
 
 
 # ── A driver that a test holds back ───────────────────────────────────────────────────────────────────────────────────
@@ -221,7 +258,7 @@ def test_cancelled_callers_take_back_what_was_not_sent_and_harm_nobody(seed: int
         sent = [field for call in driver.sent for field in call]
         waited = {f"r/{'abc'[number % 3]}/{number}" for number in left if number}
         assert not waited & set(sent)
-        assert 0 == batching._lanes.waiting
+        assert 0 == waiting(batching._lanes)
         assert ["r/z/1"] == await batching.run(a_call("z", 1))
 
     asyncio.run(main())
@@ -328,7 +365,7 @@ def test_who_waits_does_not_hang_when_whoever_sends_for_them_is_cancelled(steps:
             error = task.exception()
             assert isinstance(error, StoreUnavailable | StoreCorrupt) or [f"r/a/{number}"] == task.result()
         await asyncio.sleep(0.01)
-        assert 0 == batching._lanes.waiting
+        assert 0 == waiting(batching._lanes)
         assert ["r/z/1"] == await asyncio.wait_for(batching.run(a_call("z", 1)), 5)
 
     asyncio.run(main())
@@ -471,7 +508,7 @@ def test_threads_send_for_each_other() -> None:
     batching = SyncBatching(driver, 60_000)
     with ThreadPoolExecutor(40) as pool:
         futures = [pool.submit(batching.run, a_call("a", number)) for number in range(40)]
-        while batching._lanes.waiting < 39:
+        while waiting(batching._lanes) < 39:
             threading.Event().wait(0.001)
         driver.free.set()
         for number, future in enumerate(futures):
@@ -480,7 +517,7 @@ def test_threads_send_for_each_other() -> None:
             else:
                 assert [f"r/a/{number}"] == future.result(30)
     assert 2 <= len(driver.sent) <= 2 + 40
-    assert 0 == batching._lanes.waiting
+    assert 0 == waiting(batching._lanes)
 
 
 def test_a_thread_that_is_interrupted_while_it_sends_for_others_tells_them() -> None:
@@ -491,13 +528,13 @@ def test_a_thread_that_is_interrupted_while_it_sends_for_others_tells_them() -> 
     batching = SyncBatching(driver, 60_000)
     with ThreadPoolExecutor(40) as pool:
         futures = [pool.submit(batching.run, a_call("a", number)) for number in range(40)]
-        while batching._lanes.waiting < 39:
+        while waiting(batching._lanes) < 39:
             threading.Event().wait(0.001)
         driver.free.set()
         errors = [future.exception(10) for future in futures]
     assert 1 == sum(isinstance(error, KeyboardInterrupt) for error in errors)
     assert {KeyboardInterrupt, StoreCorrupt, StoreUnavailable, type(None)} >= {type(error) for error in errors}
-    assert 0 == batching._lanes.waiting
+    assert 0 == waiting(batching._lanes)
     assert ["r/z/1"] == batching.run(a_call("z", 1))
 
 
@@ -513,7 +550,7 @@ def test_a_thread_that_came_late_is_not_failed_for_who_came_first(aged: int) -> 
         others = []
         for number in (1, 2):
             others.append(pool.submit(batching.run, a_call("a", number)))
-            while batching._lanes.waiting < number:
+            while waiting(batching._lanes) < number:
                 threading.Event().wait(0.001)
         (queue,) = batching._lanes._lanes[0]._tenants.values()
         queue[aged] = queue[aged]._replace(since_s=queue[aged].since_s - 4.9)
@@ -524,7 +561,7 @@ def test_a_thread_that_came_late_is_not_failed_for_who_came_first(aged: int) -> 
         assert isinstance(others[aged].exception(30), StoreUnavailable)
         assert [f"r/a/{2 - aged}"] == others[1 - aged].result(30)
         assert max(driver.deadlines_s) <= 0.2
-    assert 0 == batching._lanes.waiting
+    assert 0 == waiting(batching._lanes)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
