@@ -7,21 +7,25 @@ What is admitted must count as long as the window says, and the slice's hold sta
 slice is good only until that sub-window is over (a 60th of the window; for calendar periods, a minute at most). What a
 process holds and does not use is denied to others for so long, which is all that may be under-admitted: when less than
 a slice is left of a quota, calls are asked for one by one.
+
+Who finds a slice used up waits for the next one, in the order of coming; one task asks the store for all who wait.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from copy import copy
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from meterlib.core.checks import check_amount
 from meterlib.core.periods import period_at
 from meterlib.core.policy import BoundLimit
 from meterlib.core.usage import Usage
-from meterlib.errors import InvalidInput, QuotaExceeded, StoreUnavailable, UsageError
+from meterlib.errors import InvalidInput, MeterError, QuotaExceeded, StoreUnavailable, UsageError
 from meterlib.store.telling import log
 
 if TYPE_CHECKING:
@@ -33,10 +37,18 @@ SLICE_MS_MAX = 60_000
 
 LEASE_MS = 3 * SLICE_MS_MAX
 SUB_WINDOW_MS_MIN = 100
-TRIES_MAX = 100
-"""Others may empty each slice before a task has its turn; or the store is too far away."""
+LATE_MAX = 10
+"""So many slices in a row may be over before they come; then the store is too far away for slices as short as these."""
 
 UNITS = ("requests", "input_tokens", "output_tokens", "total_tokens")
+
+
+class _Waiting(NamedTuple):
+    """A call that waits for a slice, and what its caller waits on: the reservation that it was admitted out of."""
+
+    input_tokens: int
+    output_tokens: int
+    admitted: asyncio.Future[AsyncReservation]
 
 
 class LocalLease:
@@ -73,7 +85,8 @@ class LocalLease:
         self._size = slice_of
         self._requests = self._input_tokens = self._output_tokens = 0
         self._until = 0.0
-        self._refilling: asyncio.Task[None] | None = None
+        self._waiting: deque[_Waiting] = deque()
+        self._working: asyncio.Task[None] | None = None
 
     def take(self, input_tokens: int = 0, output_tokens: int = 0) -> bool:
         """Admit one call that uses so much, if the slice has room for it; asks nobody.
@@ -92,10 +105,11 @@ class LocalLease:
         return True
 
     async def admit(self, input_tokens: int = 0, output_tokens: int = 0) -> None:
-        """Admit one call, out of the next slice if this one has no room for it.
+        """Admit one call, out of the next slice if this one has no room for it, in turn with others who wait.
 
         Raises:
             QuotaExceeded: the store has no slice left to give; see `Meter.reserve`.
+            StoreUnavailable: the store is away, or so slow that slices are over before they come.
             InvalidInput: a number is negative or no integer, or the call asks for more than a whole slice.
             UsageError: the lease is closed.
         """
@@ -103,18 +117,8 @@ class LocalLease:
         check_amount(output_tokens, "output_tokens")
         if input_tokens > (self.slice_of.input_tokens or 0) or output_tokens > (self.slice_of.output_tokens or 0):
             raise InvalidInput("input_tokens", "the call uses more than a slice has; make slices larger")
-        tries = 0
-        while not self.take(input_tokens, output_tokens):
-            tries += 1
-            if self._closed:
-                raise UsageError("this lease is closed")
-            if tries > TRIES_MAX:
-                raise StoreUnavailable("local", "it takes longer to answer than a slice lasts")
-            if self._refilling is None:
-                alone = Usage(requests=1, input_tokens=input_tokens, output_tokens=output_tokens)
-                self._refilling = asyncio.ensure_future(self._refill(alone))
-                self._refilling.add_done_callback(self._refilled)
-            await asyncio.shield(self._refilling)
+        if not self.take(input_tokens, output_tokens):
+            await self._wait(input_tokens, output_tokens)
 
     async def aclose(self) -> None:
         """Give back what was not used; what was is booked.
@@ -123,8 +127,8 @@ class LocalLease:
             StoreError: it could not be booked; closing again tries again.
         """
         self._closed = True
-        if self._refilling:
-            await asyncio.wait([self._refilling])
+        if self._working:
+            await asyncio.wait([self._working])
         await self._give_back()
 
     async def __aenter__(self) -> Self:
@@ -135,13 +139,92 @@ class LocalLease:
     ) -> None:
         await self.aclose()
 
-    async def _refill(self, alone: Usage) -> None:
-        """Take a whole slice; where that is denied, as much as one call needs."""
+    # ── Whoever waits ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _wait(self, input_tokens: int, output_tokens: int) -> None:
+        if self._closed:
+            raise UsageError("this lease is closed")
+        admitted: asyncio.Future[AsyncReservation] = asyncio.get_running_loop().create_future()
+        self._waiting.append(_Waiting(input_tokens, output_tokens, admitted))
+        self._begin(self._serve)
+        try:
+            await admitted
+        except asyncio.CancelledError:
+            over = admitted.done() and not admitted.cancelled()
+            if over and not admitted.exception() and admitted.result() is self._held:
+                self._requests += 1  # it was admitted in this very moment, and is not made
+                self._input_tokens += input_tokens
+                self._output_tokens += output_tokens
+            raise
+
+    def _begin(self, work: Callable[[], Coroutine[None, None, None]]) -> None:
+        """One task at a time asks the store; when it is over, another one serves those who came too late for it."""
+        if self._working is None:
+            self._working = asyncio.ensure_future(work())
+            self._working.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._working = None
+        error = None if task.cancelled() else task.exception()
+        if error:
+            log.warning("slice.failed", tenant=self._tenant, error=str(error))  # and whoever waited for it was told
+        if self._first():
+            self._begin(self._serve)
+
+    async def _serve(self) -> None:
+        """Slices, until nobody waits any more."""
+        late = 0
+        try:
+            while (first := self._first()) and not self._closed:
+                try:
+                    await self._next_slice(first)
+                except QuotaExceeded as denied:
+                    self._tell(denied, first)
+                else:
+                    late = 0 if self._hand_out() else late + 1
+                if late > LATE_MAX:
+                    raise StoreUnavailable("local", "it takes longer to answer than a slice lasts")
+            self._tell(UsageError("this lease is closed"))
+        except MeterError as error:
+            self._tell(error)
+            raise
+        except BaseException as error:
+            self._tell(StoreUnavailable("local", f"{type(error).__name__}: {error}"))
+            raise
+
+    def _first(self) -> _Waiting | None:
+        while self._waiting and self._waiting[0].admitted.done():
+            self._waiting.popleft()  # it was cancelled, or told an error
+        return self._waiting[0] if self._waiting else None
+
+    async def _next_slice(self, first: _Waiting) -> None:
+        """A whole slice; where that is denied, as much as the first call needs."""
         await self._give_back()
         try:
             await self._take_slice(self.slice_of)
         except QuotaExceeded:
+            alone = Usage(requests=1, input_tokens=first.input_tokens, output_tokens=first.output_tokens)
             await self._take_slice(alone)
+
+    def _hand_out(self) -> bool:
+        """Admit those who wait, as far as the slice goes; whether anybody was."""
+        served = False
+        while (first := self._first()) and self._held and self.take(first.input_tokens, first.output_tokens):
+            first.admitted.set_result(self._held)
+            served = True
+        return served
+
+    def _tell(self, error: MeterError, denied: _Waiting | None = None) -> None:
+        """An error is that of all who wait; a denial, of those who ask for no less than who was denied."""
+        for waiting in self._waiting:
+            smaller = denied and (waiting.input_tokens, waiting.output_tokens) != (
+                max(waiting.input_tokens, denied.input_tokens),
+                max(waiting.output_tokens, denied.output_tokens),
+            )
+            if not (smaller or waiting.admitted.done()):
+                waiting.admitted.set_exception(copy(error))  # each caller adds its own traceback
+
+    # ── The slice ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _take_slice(self, size: Usage) -> None:
         asked = self._now()
@@ -192,15 +275,8 @@ class LocalLease:
 
     def _over(self, held: AsyncReservation) -> None:
         """Nobody needed the next slice yet: what is left of this one is kept from others no longer."""
-        if self._held is held and self._refilling is None:
-            self._refilling = asyncio.ensure_future(self._give_back())
-            self._refilling.add_done_callback(self._refilled)
-
-    def _refilled(self, task: asyncio.Task[None]) -> None:
-        self._refilling = None
-        error = None if task.cancelled() else task.exception()
-        if error and not isinstance(error, QuotaExceeded):
-            log.warning("slice.failed", tenant=self._tenant, error=str(error))  # and whoever waits for it is told
+        if self._held is held:
+            self._begin(self._give_back)
 
     def _now(self) -> float:
         return self._clock.now_ms if self._clock else time.monotonic() * 1000

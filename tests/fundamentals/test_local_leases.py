@@ -21,7 +21,7 @@ from meterlib import (
     Usage,
     UsageError,
 )
-from meterlib.local import TRIES_MAX
+from meterlib.local import LATE_MAX
 from meterlib.testing import Clock
 
 WINDOW_MS = 6_000
@@ -221,7 +221,7 @@ def test_a_slice_that_could_not_be_booked_is_booked_later(monkeypatch: pytest.Mo
     run(use)
 
 
-async def unreachable(usage: Usage) -> None:
+async def unreachable(*arguments: Any, **named: Any) -> None:
     raise StoreUnavailable("settle", "made up by a test")
 
 
@@ -270,33 +270,104 @@ def test_slices_that_are_over_before_they_come_are_not_taken_for_ever(
             with pytest.raises(StoreUnavailable, match="longer to answer than a slice lasts"):
                 await lease.admit()
 
-        assert TRIES_MAX == len(taken)
+        assert LATE_MAX + 1 == len(taken)
         assert [0, 0] == [state.used for state in await meter.peek("acme")]
         assert {"cancelled"} == {entry.kind for entry in await ledger_of(meter)}
 
     run(use)
 
 
-def test_a_task_that_comes_late_to_every_slice_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gateway: others may empty each slice first; the one left over is told, and does not wait without end."""
+@pytest.mark.parametrize(("tasks", "calls"), [(256, 100), (30, 1), (100, 100)])
+def test_tasks_wait_for_slices_in_the_order_in_which_they_came(tasks: int, calls: int) -> None:
+    """However small the slices are beside them: none is ever two calls ahead of another."""
+
+    async def use(meter: AsyncMeter, clock: Clock) -> None:
+        made = [0] * tasks
+
+        async def some(number: int) -> None:
+            for _ in range(20):
+                await lease.admit(input_tokens=1)
+                made[number] += 1
+                await asyncio.sleep(0)  # and others, who were admitted with it, tell so
+                assert max(made) <= min(made) + 1
+
+        async with meter.local("acme", None, Usage(requests=calls, input_tokens=calls)) as lease:
+            await asyncio.gather(*map(some, range(tasks)))
+
+        assert [20 * tasks, 20 * tasks] == [state.used for state in await meter.peek("acme")]
+        assert -(-20 * tasks // calls) == len(await ledger_of(meter))
+
+    run(use, Policy(limits=[limit.__replace__(quota=10**6) for limit in POLICY.limits]))
+
+
+def test_a_denial_is_that_of_all_who_ask_for_no_less() -> None:
+    """Who waits behind a call that is too large for what is left is admitted, if it fits; nobody asks in vain."""
+
+    async def use(meter: AsyncMeter, clock: Clock) -> None:
+        await meter.reserve("acme", {}, Usage(input_tokens=10 * QUOTA - 60), reservation_id="others")
+        async with meter.local("acme", None, Usage(requests=5, input_tokens=900)) as lease:
+            asked = (61, 30, 61, 80, 30, 1)
+            got = await asyncio.gather(*(lease.admit(input_tokens=one) for one in asked), return_exceptions=True)
+
+            assert [QuotaExceeded, None, QuotaExceeded, QuotaExceeded, None, QuotaExceeded] == [
+                type(one) if one else None for one in got
+            ]
+            assert len({id(one) for one in got if one}) == 4
+
+    run(use)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_who_is_cancelled_while_it_waits_takes_nothing_from_the_slice(when: str) -> None:
+    """Neither before it was admitted, nor in the moment between that and its own turn to run."""
 
     async def use(meter: AsyncMeter, clock: Clock) -> None:
         async with meter.local("acme", None, SLICE) as lease:
-            refilled = lease._refilled
-            emptied: list[None] = []
+            tasks = [asyncio.ensure_future(lease.admit(input_tokens=5)) for _ in range(3)]
+            while not (lease._waiting if when == "before" else lease._held):
+                await asyncio.sleep(0)
+            tasks[1].cancel()
+            got = await asyncio.gather(*tasks, return_exceptions=True)
 
-            def empty(task: asyncio.Task[None]) -> None:
-                refilled(task)
-                while lease.take():
-                    emptied.append(None)
-                clock.advance(ms=WINDOW_MS + 100)
+            assert [type(None), asyncio.CancelledError, type(None)] == [type(one) for one in got]
+        assert [2, 10] == [state.used for state in await meter.peek("acme")]
 
-            monkeypatch.setattr(lease, "_refilled", empty)
-            with pytest.raises(StoreUnavailable):
-                await lease.admit()
-            monkeypatch.undo()
+    run(use)
 
-        assert TRIES_MAX * (SLICE.requests or 0) == len(emptied)
+
+def test_who_waits_when_a_lease_is_closed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so is everybody, if the store is away: nobody waits for ever, and nothing is held."""
+
+    async def use(meter: AsyncMeter, clock: Clock) -> None:
+        lease, reserve, asked, answers = (
+            meter.local("acme", None, SLICE),
+            meter.reserve,
+            asyncio.Event(),
+            asyncio.Event(),
+        )
+
+        async def later(*arguments: Any, **named: Any) -> Any:
+            asked.set()
+            await answers.wait()
+            return await reserve(*arguments, **named)
+
+        monkeypatch.setattr(meter, "reserve", later)
+        tasks = [asyncio.ensure_future(lease.admit(input_tokens=140)) for _ in range(3)]
+        await asked.wait()
+        closing = asyncio.ensure_future(lease.aclose())
+        await asyncio.sleep(0)
+        answers.set()
+        got = await asyncio.gather(*tasks, return_exceptions=True)
+        await closing
+
+        assert [type(None), UsageError, UsageError] == [type(one) for one in got]
+        assert [1, 140] == [state.used for state in await meter.peek("acme")]
+
+        other = meter.local("acme", None, SLICE)
+        monkeypatch.setattr(meter, "reserve", unreachable)
+        got = await asyncio.gather(*(other.admit() for _ in range(3)), return_exceptions=True)
+
+        assert [StoreUnavailable] * 3 == [type(one) for one in got]
 
     run(use)
 
