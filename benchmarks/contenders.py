@@ -23,9 +23,10 @@ from benchmarks.measure import Contender, WrongDecisionError, all_at_once
 from meterlib import AsyncMeter, Limit, Meter, Policy, QuotaExceeded, Tenant, Usage
 from meterlib.core.operations import Operation, packed
 from meterlib.store.commands import Batch, Call
-from meterlib.store.drivers import StoreOptions, SyncDriver
+from meterlib.store.drivers import SyncDriver
 from meterlib.store.flows import Context, reserve
 from meterlib.store.keys import layout, shard_of
+from meterlib.store.options import StoreOptions
 from meterlib.store.wires import AsyncDirectWire, DirectWire
 from meterlib.testing import Clock
 

@@ -17,8 +17,8 @@ from benchmarks.common import parser_of, server_of, show, table_of
 from benchmarks.contenders import AMPLE, ATTRIBUTES, PLENTY, TOKENS, fill_window, policy_of
 from meterlib import Meter, Usage
 from meterlib.core.policy import window_field
-from meterlib.store.drivers import StoreOptions
 from meterlib.store.keys import shard_keys, shard_of
+from meterlib.store.options import StoreOptions
 from meterlib.testing import Clock
 
 TENANTS = 1000

@@ -22,7 +22,7 @@ from meterlib.errors import (
     UsageError,
 )
 from meterlib.meter import AsyncMeter, AsyncReservation, Meter, Reservation
-from meterlib.store.drivers import StoreOptions
+from meterlib.store.options import StoreOptions
 
 __version__ = "0.1.0"
 

@@ -19,8 +19,8 @@ from meterlib.errors import PolicyError
 from meterlib.meter import AsyncMeter, Meter
 from meterlib.settings import BillingSettings, GatewaySettings, TenantSettings, check_tenants
 from meterlib.store.connect import SCHEMES
-from meterlib.store.drivers import Clock, StoreOptions
 from meterlib.store.embedded import parse_embedded_url
+from meterlib.store.options import Clock, StoreOptions
 
 FILE_NAME = "meterlib.toml"
 FILE_BYTES_MAX = 1 << 20

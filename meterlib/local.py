@@ -30,7 +30,7 @@ from meterlib.store.telling import log
 
 if TYPE_CHECKING:
     from meterlib.meter import AsyncMeter, AsyncReservation
-    from meterlib.store.drivers import Clock
+    from meterlib.store.options import Clock
 
 SLICE_MS_MAX = 60_000
 """A process that dies with a slice keeps it from others until its lease ends, so even a month's slice is short."""

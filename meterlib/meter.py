@@ -20,10 +20,9 @@ from meterlib.errors import InvalidInput, MeterError, StoreError, StoreUnavailab
 from meterlib.local import LocalLease
 from meterlib.store import flows
 from meterlib.store.commands import Flow, ShardHead
-from meterlib.store.connect import driver_for_client, driver_for_url
-from meterlib.store.drivers import Clock, StoreOptions
 from meterlib.store.flows import LEASE_MS, Context, Found, Granted, Swept
 from meterlib.store.journal import Journal, Waiting
+from meterlib.store.options import Clock, StoreOptions
 from meterlib.store.telling import log
 from meterlib.waiting import AsyncQueues, SyncQueues
 
@@ -53,6 +52,9 @@ class _Meter:
             raise InvalidInput("options", f"StoreOptions are needed, not {type(options).__name__}")
         check_count(sweep_interval_ms, "sweep_interval_ms", 86_400_000, least=0)
         self._context = Context(policy, options, clock, when_down)
+        # Here, since redis-py takes longer to load than all that is our own.
+        from meterlib.store.connect import driver_for_client, driver_for_url
+
         make = driver_for_url if isinstance(client, str) else driver_for_client
         self._driver: Any = make(client, options, clock, self._face)
         self._owns_client = isinstance(client, str)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from meterlib.errors import QuotaExceeded
 
 if TYPE_CHECKING:
-    from meterlib.store.drivers import Clock
+    from meterlib.store.options import Clock
 
 T = TypeVar("T")
 _NUMBER = attrgetter("number")

@@ -8,16 +8,10 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from meterlib.errors import InvalidInput
-from meterlib.store.drivers import (
-    AsyncDriver,
-    AsyncMemoryDriver,
-    Clock,
-    MemoryDriver,
-    MemoryStore,
-    StoreOptions,
-    SyncDriver,
-)
+from meterlib.store.drivers import AsyncDriver, SyncDriver
 from meterlib.store.embedded import EmbeddedServer, parse_embedded_url
+from meterlib.store.memory import AsyncMemoryDriver, MemoryDriver, MemoryStore
+from meterlib.store.options import Clock, StoreOptions
 from meterlib.store.wires import AsyncDirectWire, DirectWire
 
 Face = Literal["sync", "async"]

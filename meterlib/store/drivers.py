@@ -1,39 +1,32 @@
-"""Drivers run flows: against redis-py (sync and async, the same but for `await`), or the pure twin in memory."""
+"""Drivers run flows against redis-py: sync and async, the same but for `await`."""
 
 from __future__ import annotations
 
 import asyncio
-import re
-import threading
 import time
 from collections.abc import Hashable, Sequence
 from contextlib import suppress
-from struct import Struct
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-import msgspec
 from redis.asyncio.cluster import RedisCluster as AsyncRedisCluster
 from redis.exceptions import NoScriptError
 
-from meterlib.core import rules
 from meterlib.core.operations import Reply, Value, packed, unpacked
-from meterlib.errors import MeterError, PolicyError, StoreCorrupt, StoreRefused, StoreUnavailable, UsageError
+from meterlib.errors import MeterError, StoreRefused, StoreUnavailable, UsageError
 from meterlib.store import forgetful
 from meterlib.store.ahead import Ahead
+from meterlib.store.answers import answered, entries_of, head_of, names_of, page_of
 from meterlib.store.batching import STOPPED, AsyncBatching, SyncBatching
 from meterlib.store.commands import (
     Batch,
     Call,
     Command,
     Flow,
-    Forked,
     KnownSinks,
-    ReadHead,
     ReadLedger,
     ReadOwners,
     ReadPage,
     ReadWindows,
-    ShardHead,
     StoredPage,
     TrimLedger,
 )
@@ -41,72 +34,15 @@ from meterlib.store.embedded import EmbeddedServer
 from meterlib.store.embedded_wait import wait_for, wait_for_async
 from meterlib.store.faults import FAILURES, Attempts, corrupt, out_of_reach
 from meterlib.store.keys import layout, layout_key, shard_keys, sinks_key
+from meterlib.store.options import Clock, StoreOptions, swept_by
 from meterlib.store.pipelines import Pipeline
 from meterlib.store.scripts import Script, script
 from meterlib.store.wires import AsyncClientWire, AsyncWire, ClientWire, Wire
 
 T = TypeVar("T")
 READING = ("peek", "find")
-_HEAD = Struct(">4d").unpack_from
-_FORK = Struct(">5d").unpack_from
 _ADD_SINK = "#!lua flags=allow-oom\nreturn redis.call('SADD', KEYS[1], ARGV[1])"
 """A server that is full has to be exported before it can be trimmed, perhaps for the first time of all."""
-_PREFIX = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
-
-
-class StoreOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How a store is used; the same for everybody who shares it.
-
-    Attributes:
-        shards: how many ledgers and groups of keys; chosen once for a store.
-        prefix: what all keys begin with.
-        retention_ms: how long the ids of ended reservations are remembered.
-        sweep_max: how many overdue or forgettable reservations each operation clears in passing.
-        timeout_ms: how long one try waits for the server.
-        deadline_ms: how long a call tries altogether.
-        connections_max: how many connections a meter opens at most, beside the one or two that verbs share where there
-            is one server; whoever needs a further one waits.
-    """
-
-    shards: int = 16
-    prefix: str = "meterlib"
-    retention_ms: int = 24 * 3_600_000
-    sweep_max: int = 2
-    timeout_ms: int = 1000
-    deadline_ms: int = 5000
-    connections_max: int = 64
-
-    def __post_init__(self) -> None:
-        bounds = {
-            "shards": (1, 4096),
-            "retention_ms": (1000, 31 * 86_400_000),
-            "sweep_max": (1, 100),
-            "timeout_ms": (1, 600_000),
-            "deadline_ms": (1, 600_000),
-            "connections_max": (1, 65_536),
-        }
-        for name, (least, most) in bounds.items():
-            value = getattr(self, name)
-            if type(value) is not int or not least <= value <= most:
-                raise PolicyError(f"store.{name}", f"{least} to {most} are allowed, not {value!r:.40}")
-        if not isinstance(self.prefix, str) or not _PREFIX.fullmatch(self.prefix):
-            raise PolicyError("store.prefix", f"{self.prefix!r:.80} is none: 1 to 64 of A-Z a-z 0-9 _ . : -")
-
-
-SWEPT_MAX = 200
-"""What a script can clear in one call without anybody's noticing."""
-
-
-def swept_by(options: StoreOptions, operations: int) -> int:
-    """How many overdue or forgettable reservations a call clears: more than it adds, whatever it does at once."""
-    return min(SWEPT_MAX, options.sweep_max * operations)
-
-
-class Clock(Protocol):
-    """A test's clock: the time is what it says, and not the server's."""
-
-    @property
-    def now_ms(self) -> int: ...
 
 
 class _Calls:
@@ -631,117 +567,6 @@ class AsyncDriver:
             await client.aclose()
 
 
-class MemoryStore:
-    """All shards of a `memory://` store; meters of one process that share it see the same limits and ledger."""
-
-    def __init__(self, options: StoreOptions) -> None:
-        self.options = options
-        self.shards = [rules.Shard() for _ in range(options.shards)]
-        self.sinks: set[str] = set()
-        self.lock = threading.Lock()
-
-
-class MemoryDriver:
-    """Runs flows against the pure twin; the async driver of memory differs by `async` only."""
-
-    def __init__(self, store: MemoryStore, clock: Clock | None = None) -> None:
-        self.store = store
-        self.options = store.options
-        self._clock = clock
-        self._layout = layout(store.options.shards)
-
-    def run(self, flow: Flow[T]) -> T:
-        """Run a flow to its result; failures are thrown into it."""
-        try:
-            command = next(flow)
-            while True:
-                try:
-                    answer = self.execute(command)
-                except MeterError as error:
-                    command = flow.throw(error)
-                else:
-                    command = answered(flow, command, answer)
-        except StopIteration as done:
-            result: T = done.value
-            return result
-
-    def execute(self, command: Command) -> Any:
-        if isinstance(command, Call):
-            batch = Batch(command.script, command.shard, command.sweep_max, (command.operation,))
-            return MemoryDriver.call(self, batch)[0]
-        if isinstance(command, KnownSinks):
-            with self.store.lock:
-                self.store.sinks |= {command.add}
-                self.store.sinks -= {command.drop, ""}
-                return sorted(self.store.sinks)
-        shard = self.store.shards[command.shard]
-        with self.store.lock:
-            if isinstance(command, ReadHead):
-                numbers = [entry["n"] for entry in shard.ledger] or [0]
-                return ShardHead(
-                    f"{shard.epoch:013d}" if shard.layout else "",
-                    shard.clock_ms,
-                    shard.number,
-                    numbers[0],
-                    numbers[-1],
-                    len(shard.ledger),
-                    len(shard.leases),
-                    forked_of(*shard.fork) if shard.fork else None,
-                )
-            if isinstance(command, ReadOwners):
-                return [field for _, field in shard.leases if field.endswith(f"/{command.reservation_id}")]
-            if isinstance(command, ReadWindows):
-                return sorted(field for field in shard.windows if field.startswith(f"w/{command.tenant}/"))
-            if isinstance(command, TrimLedger):
-                before = len(shard.ledger)
-                shard.ledger[:] = [entry for entry in shard.ledger if entry["n"] >= command.below]
-                return before - len(shard.ledger)
-            page = [entry for entry in shard.ledger if entry["n"] > command.after][: command.limit]
-            if isinstance(command, ReadPage):
-                return page_of([(b"%d-0" % entry["n"], stored_fields(entry)) for entry in page])
-            return [(entry["n"], stored_fields(entry)) for entry in page]
-
-    def call(self, batch: Batch) -> list[Reply]:
-        """Run operations of one rule on one shard, in one call."""
-        name, shard, sweep_max, operations = batch
-        server_ms = self._clock.now_ms if self._clock else time.time_ns() // 1_000_000
-        most = swept_by(self.options, len(operations)) if sweep_max is None else sweep_max
-        with self.store.lock:
-            try:
-                work = rules.Work(self.store.shards[shard], server_ms, self._layout, most, self.options.retention_ms)
-            except rules.LayoutMismatch as error:
-                raise StoreCorrupt(str(error)) from None
-            return rules.run(name, work, operations)
-
-    def follow(self) -> None:
-        """There is but one store."""
-
-    def stop(self) -> None:
-        """Nothing is ever on its way."""
-
-    def close(self) -> None:
-        """Nothing to close: the store is its owner's."""
-
-
-class AsyncMemoryDriver(MemoryDriver):
-    """The memory driver behind an async face."""
-
-    async def run(self, flow: Flow[T]) -> T:  # type: ignore[override]
-        return MemoryDriver.run(self, flow)
-
-    async def call(self, batch: Batch) -> list[Reply]:  # type: ignore[override]
-        return MemoryDriver.call(self, batch)
-
-    async def follow(self) -> None:  # type: ignore[override]
-        """There is but one store."""
-
-    async def stop(self) -> None:  # type: ignore[override]
-        """Nothing is ever on its way."""
-
-    async def aclose(self) -> None:
-        """Nothing to close: the store is its owner's."""
-
-
 def _primary_named_to(client: Any) -> Any:
     """What asks the sentinels of a client for the primary, and drops its connections to another one."""
     return getattr(getattr(client, "connection_pool", None), "get_master_address", None)
@@ -751,55 +576,3 @@ def _watchers_of(client: Any) -> Sequence[Any]:
     """The clients by which one asks its sentinels, if it does; nobody else closes them."""
     pool = getattr(client, "connection_pool", None)
     return getattr(getattr(pool, "sentinel_manager", None), "sentinels", ())
-
-
-def answered(flow: Flow[T], command: Command, answer: Any) -> Command:
-    """The flow's next command. An answer that it cannot read came from no script: its outcome is unknown."""
-    try:
-        return flow.send(answer)
-    except MeterError:
-        raise
-    except (IndexError, TypeError, ValueError) as error:
-        name = command.script if isinstance(command, Call) else type(command).__name__
-        raise StoreUnavailable(name, f"an answer that is none: {answer!r:.80}") from error
-
-
-def stored_fields(entry: dict[str, Any]) -> dict[bytes, bytes]:
-    """An entry of the twin as the store would hold it."""
-    words = {name: value for name, value in entry.items() if name != "n"} | {"epoch": f"{entry['epoch']:013d}"}
-    return {name.encode(): value if isinstance(value, bytes) else str(value).encode() for name, value in words.items()}
-
-
-def entries_of(page: Any) -> list[tuple[int, dict[bytes, bytes]]]:
-    """The entries of an XRANGE answer, as redis-py hands them over."""
-    return [(int(stream_id.partition(b"-")[0]), fields) for stream_id, fields in page or ()]
-
-
-def page_of(page: Any) -> StoredPage:
-    """An XRANGE answer as the server sent it, whether redis-py has made dicts of it or not."""
-    if page and isinstance(page[0][1], dict):
-        return [(stream_id, [part for pair in fields.items() for part in pair]) for stream_id, fields in page]
-    return page or ()
-
-
-def names_of(members: Any) -> list[str]:
-    """The names of a set, in order."""
-    return sorted(bytes(member).decode() for member in members or ())
-
-
-def head_of(state: Sequence[bytes | None], first: Any, last: Any, length: int, open_reservations: int) -> ShardHead:
-    """A shard's own numbers, from the answers to `head_commands`."""
-    head, fork = state
-    epoch, clock_ms, number, forked = "", 0, 0, None
-    if head:
-        clock_ms, _, number, epoch_ms = (int(value) for value in _HEAD(head))
-        epoch = f"{epoch_ms:013d}"
-    first_n, last_n = (int(page[0][0].partition(b"-")[0]) if page else 0 for page in (first, last))
-    if fork:
-        forked = forked_of(*[int(value) for value in _FORK(fork)])
-    return ShardHead(epoch, clock_ms, number, first_n, last_n, length, open_reservations, forked)
-
-
-def forked_of(follows_epoch: int, follows_n: int, epoch: int, first: int, moved: int) -> Forked:
-    """Where a ledger was forked, from what its shard remembers of it."""
-    return Forked(f"{follows_epoch:013d}", follows_n, first)

@@ -87,8 +87,8 @@ from meterlib.store.commands import (
     StoredPage,
     TrimLedger,
 )
-from meterlib.store.drivers import Clock, StoreOptions
 from meterlib.store.keys import shard_of
+from meterlib.store.options import Clock, StoreOptions
 
 LEASE_MS = 600_000
 CALLERS_MAX = 20_000

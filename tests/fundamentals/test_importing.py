@@ -29,6 +29,12 @@ def test_importing_the_library_loads_no_command_gateway_or_billing() -> None:
     assert set() == {name for name in modules if name in PARTS | ELSEWHERE}
 
 
+def test_redis_py_is_loaded_with_the_first_meter() -> None:
+    """It takes longer to load than all that is our own; who only names errors or policies need not wait for it."""
+    assert "redis" not in loaded("meterlib")
+    assert "redis" in loaded("meterlib; meterlib.Meter.connect('redis://127.0.0.1:1', meterlib.Policy())")
+
+
 @pytest.mark.parametrize("module", ["meterlib.meter", "meterlib.testing", "meterlib.store.connect"])
 def test_no_part_of_the_library_loads_what_is_optional(module: str) -> None:
     """Extras are imported where they are used."""

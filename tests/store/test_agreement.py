@@ -35,8 +35,10 @@ from meterlib.core.operations import (
     Sweep,
 )
 from meterlib.store.commands import Batch, ReadHead, ReadLedger
-from meterlib.store.drivers import MemoryDriver, MemoryStore, StoreOptions, SyncDriver
+from meterlib.store.drivers import SyncDriver
 from meterlib.store.keys import layout
+from meterlib.store.memory import MemoryDriver, MemoryStore
+from meterlib.store.options import StoreOptions
 from meterlib.testing import Clock
 from tests.conftest import soak_seconds
 from tests.store.oracle import Judge, Rule

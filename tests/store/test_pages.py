@@ -13,8 +13,8 @@ from redis.cluster import RedisCluster
 
 from meterlib import AsyncMeter, Meter, Policy, StoreOptions, Usage
 from meterlib.store import flows
+from meterlib.store.answers import entries_of
 from meterlib.store.commands import StoredPage
-from meterlib.store.drivers import entries_of
 from meterlib.store.keys import shard_keys
 from tests.store.test_clients import ASYNC, SYNC
 from tests.support.proxy import FaultProxy
