@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import tempfile
@@ -11,13 +12,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import structlog
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from tests.support.servers import available, start_server
 
-WIDTH = 132
+WIDTH = 160
+"""Of what is written to no terminal: the widest table fits."""
+
+# That a throw-away server has no append-only file is known.
+structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
 
 
 def parser_of(name: str, doc: str | None, seconds: str = "", servers: bool = True) -> argparse.ArgumentParser:

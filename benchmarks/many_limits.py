@@ -1,6 +1,7 @@
 """What a call costs by the number of limits it touches: `python -m benchmarks.many_limits`.
 
-meterlib decides all limits of a call in one script call; peers take one call for each. One client, no asyncio.
+meterlib decides all limits of a call in one script call; peers take one call for each. One client, no asyncio. Before
+any timing each of them has to deny what only its last limit forbids.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import redis
 
 from benchmarks.common import parser_of, server_of, show, table_of
 from benchmarks.contenders import ATTRIBUTES, NO_OP, NO_OP_KEYS, PLENTY, TOKENS
-from benchmarks.measure import Contender, Slice, over_rounds, ratio, run_rounds
-from meterlib import Limit, Meter, Policy, StoreOptions, Usage
+from benchmarks.measure import Contender, Slice, WrongDecisionError, over_rounds, ratio, run_rounds
+from meterlib import Limit, Meter, Policy, QuotaExceeded, StoreOptions, Usage
 
 COUNTS = (1, 2, 4, 8, 16)
 BARE = "EVALSHA no-op"
@@ -38,8 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         contenders = [_bare(server)]
         prefixes = (f"many{number}" for number in count())
         for limits in COUNTS:
-            contenders.append(_ours(url, limits, next(prefixes), end))
-            contenders += [_limits(url, limits, next(prefixes), end), _throttled(url, limits, next(prefixes))]
+            for make in (_ours, _limits, _throttled):
+                _check(make(url, [PLENTY] * (limits - 1) + [2 * TOKENS], next(prefixes), end))
+                contenders.append(make(url, [PLENTY] * limits, next(prefixes), end))
         slices = run_rounds(server, contenders, runner, rounds, seconds, lambda made, contender: None)
     _show({contender.name: slices[at] for at, contender in enumerate(contenders)})
     return 0
@@ -50,23 +52,36 @@ def _bare(server: Any) -> Contender:
     return Contender(BARE, "bare", 0, lambda: send("EVALSHA", sha, len(NO_OP_KEYS), *NO_OP_KEYS) == [])
 
 
-def _ours(url: str, limits: int, prefix: str, end: ExitStack) -> Contender:
+def _check(contender: Contender) -> None:
+    """Raise WrongDecisionError unless it admits two calls, and denies the third."""
+    for tries_left in (1, 0):  # whoever counts by the clock's minutes may rightly differ when one begins
+        found = [contender.operation() for _ in range(3)]
+        if found == [True, True, False]:
+            return
+        if not tries_left:
+            raise WrongDecisionError(f"{contender.name} decides {found}")
+
+
+def _ours(url: str, quotas: Sequence[int], prefix: str, end: ExitStack) -> Contender:
     policy = Policy(
         limits=tuple(
-            Limit(name=f"tokens-{at}", unit="input_tokens", quota=PLENTY, window="1m", per=("provider",))
-            for at in range(limits)
+            Limit(name=f"tokens-{at}", unit="input_tokens", quota=quota, window="1m", per=("provider",))
+            for at, quota in enumerate(quotas)
         )
     )
     meter = end.enter_context(Meter.connect(url, policy, options=StoreOptions(prefix=prefix), sweep_interval_ms=0))
 
     def take() -> bool:
-        meter.reserve("acme", ATTRIBUTES, Usage(input_tokens=TOKENS))
+        try:
+            meter.reserve("acme", ATTRIBUTES, Usage(input_tokens=TOKENS))
+        except QuotaExceeded:
+            return False
         return True
 
-    return Contender(f"meterlib {limits}", "meterlib", 0, take)
+    return Contender(f"meterlib {len(quotas)}", "meterlib", 0, take)
 
 
-def _limits(url: str, limits: int, prefix: str, end: ExitStack) -> Contender:
+def _limits(url: str, quotas: Sequence[int], prefix: str, end: ExitStack) -> Contender:
     from limits import RateLimitItemPerMinute
     from limits.storage import RedisStorage
     from limits.strategies import SlidingWindowCounterRateLimiter
@@ -74,22 +89,21 @@ def _limits(url: str, limits: int, prefix: str, end: ExitStack) -> Contender:
     storage = RedisStorage(url, key_prefix=prefix)
     end.callback(storage.storage.close)
     hit = SlidingWindowCounterRateLimiter(storage).hit
-    items = [RateLimitItemPerMinute(PLENTY, namespace=f"tokens-{at}") for at in range(limits)]
-    return Contender(
-        f"limits {limits}", "limits", 0, partial(_all, [partial(hit, i, "acme", cost=TOKENS) for i in items])
-    )
+    items = [RateLimitItemPerMinute(quota, namespace=f"tokens-{at}") for at, quota in enumerate(quotas)]
+    checks = [partial(hit, item, "acme", cost=TOKENS) for item in items]
+    return Contender(f"limits {len(quotas)}", "limits", 0, partial(_all, checks))
 
 
-def _throttled(url: str, limits: int, prefix: str) -> Contender:
+def _throttled(url: str, quotas: Sequence[int], prefix: str, _: ExitStack) -> Contender:
     from throttled import RedisStore, Throttled, per_min
 
     store = RedisStore(server=url)
     throttled = [
-        Throttled(using="sliding_window", quota=per_min(PLENTY), store=store, key_prefix=f"{prefix}tokens-{at}")
-        for at in range(limits)
+        Throttled(using="sliding_window", quota=per_min(quota), store=store, key_prefix=f"{prefix}tokens-{at}")
+        for at, quota in enumerate(quotas)
     ]
     checks = [lambda each=each: not each.limit("acme", TOKENS).limited for each in throttled]
-    return Contender(f"throttled-py {limits}", "throttled", 0, partial(_all, checks))
+    return Contender(f"throttled-py {len(quotas)}", "throttled", 0, partial(_all, checks))
 
 
 def _all(checks: Sequence[Callable[[], bool]]) -> bool:

@@ -225,7 +225,7 @@ def _times(results: Sequence[dict[str, Any]]) -> Table:
             f"{result['per_second']:,.0f}",
             f"{result['server_us']:.1f}",
             f"{result['server_us_least']:.1f}",
-            f"{result['round_trips']:.0f}",
+            f"{result['round_trips']:.2g}",
             style="bold" if result["name"] == OURS else None,
         )
     return table
