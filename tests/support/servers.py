@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -133,6 +133,7 @@ class Server:
         cluster: bool,
         clock: FrozenClock | None,
         sentinel: bool = False,
+        under: Sequence[str] = (),
     ):
         self.kind = kind
         self.folder = folder.resolve()
@@ -141,6 +142,7 @@ class Server:
         self._cluster = cluster
         self._sentinel = sentinel
         self._clock = clock
+        self._under = under
         self._process: subprocess.Popen[bytes] | None = None
         self._end: weakref.finalize[..., Server] | None = None
         self._paused = False
@@ -259,7 +261,7 @@ class Server:
         binary = _binary(self.kind)
         if binary is None:
             raise RuntimeError(str(available(self.kind)))
-        command = [binary, "server.conf", *(["--sentinel"] if self._sentinel else [])]
+        command = [*self._under, binary, "server.conf", *(["--sentinel"] if self._sentinel else [])]
         if self._clock is not None:
             # Through env, so that the interpreter below keeps the real time.
             command = ["env", *(f"{name}={value}" for name, value in self._clock.environment().items()), *command]
@@ -345,11 +347,13 @@ def start_server(
     sentinel: bool = False,
     clock: FrozenClock | None = None,
     config: dict[str, str] | None = None,
+    under: Sequence[str] = (),
 ) -> Server:
     """Start a server that keeps its files in the folder; config holds more lines for its configuration file.
 
     A cluster is one node that owns all slots. It needs running timers, so it cannot have a frozen clock. A sentinel
-    holds no data, and watches the servers that its configuration names.
+    holds no data, and watches the servers that its configuration names. `under` is a command that runs the server, as
+    valgrind does.
     """
     reason = available(kind) or (clock.available() if clock else None)
     if reason:
@@ -363,7 +367,8 @@ def start_server(
     if cluster:
         settings["cluster-enabled"] = "yes"
     folder.mkdir(parents=True, exist_ok=True)
-    server = Server(folder, kind, settings | (config or {}), cluster=cluster, clock=clock, sentinel=sentinel)
+    settings |= config or {}
+    server = Server(folder, kind, settings, cluster=cluster, clock=clock, sentinel=sentinel, under=under)
     try:
         server.start()
     except BaseException:
