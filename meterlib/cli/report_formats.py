@@ -125,20 +125,28 @@ def whole_file(file: Path) -> Iterator[Path]:
     What is no file, such as `/dev/stdout` or a named pipe, is written to as it is: it must not become one.
     """
     check_place("--output", file)
-    if file.exists() and not file.is_file():
-        yield file
-        return
-    file = file.resolve()  # behind a link, since it is the file that is asked for
+    place = file.resolve()  # behind a link, since it is the file that is asked for
+    try:
+        if file.exists() and not file.is_file():
+            yield file
+            return
+        with _scratch_for(place) as scratch:
+            yield scratch
+            scratch.replace(place)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from error
+
+
+@contextmanager
+def _scratch_for(file: Path) -> Iterator[Path]:
+    """An empty file beside the one to be, with a new file's rights; gone afterwards, unless it was renamed."""
     descriptor, name = mkstemp(prefix=f".{file.name[:100]}.", dir=file.parent)
     os.close(descriptor)
     scratch = Path(name)
     try:
-        yield scratch
         umask = os.umask(0)
         os.umask(umask)
         scratch.chmod(0o666 & ~umask)
-        scratch.replace(file)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(file)) from error
+        yield scratch
     finally:
         scratch.unlink(missing_ok=True)

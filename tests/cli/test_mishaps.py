@@ -245,3 +245,13 @@ def test_a_disk_that_is_full_leaves_what_there_was(
     assert named in ran.stderr
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert [] == list((tmp_path / "scratch").iterdir())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("form", ["table", "csv", "parquet"])
+def test_a_device_that_is_full_is_named(folder: Path, run: Run, form: str) -> None:
+    """As a file would be, though nothing is made in its place."""
+    ran = run("report", "usage", "--offline", "--format", form, "--output", "/dev/full")
+
+    assert (1, "meterlib: [Errno 28] No space left on device: '/dev/full'\n") == (ran.code, ran.err)
+    assert Path("/dev/full").is_char_device()
