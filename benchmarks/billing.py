@@ -1,4 +1,4 @@
-"""What bills cost: entries as a gateway books them, from a real server into an archive, rated, reported, and checked.
+"""What bills cost, from a real server's ledger to checked reports: `python -m benchmarks.billing`.
 
     python -m benchmarks.billing                                200,000 entries
     python -m benchmarks.billing --entries 10000000 --rounds 1  a quarter of an hour, 3 GB of disk
@@ -11,7 +11,6 @@ told with it. Times depend on the machine and on what else it does; the CPU time
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import random
@@ -25,6 +24,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import parser_of
 from meterlib import Meter, Policy, StoreOptions, Usage
 from meterlib.billing.archive.archive import Archive
 from meterlib.billing.archive.verify import verify
@@ -101,11 +101,13 @@ def _entry(chance: random.Random, now_ms: int, session: str) -> dict[str, str | 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and return 0."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.billing", description=__doc__)
-    parser.add_argument("--entries", type=int, default=200_000, help="how many (default: 200000)")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each step; the best one counts")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser = parser_of("billing", __doc__, servers=False)
+    parser.add_argument("--entries", type=int, help="how many (200,000; 20,000 with --quick)")
+    parser.add_argument("--rounds", type=int, help="runs of each step; the best one counts (3; 1 with --quick)")
+    parser.add_argument("--json", action="store_true", help="print all numbers as one JSON object")
     options = parser.parse_args(arguments)
+    options.entries = options.entries or (20_000 if options.quick else 200_000)
+    options.rounds = options.rounds or (1 if options.quick else 3)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         found = _measured(folder, options.entries, options.rounds)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gateway`: what metering costs a proxy, beside the provider alone and a bare pass-through."""
+"""What metering costs a proxy, beside the provider alone and a bare pass-through: `python -m benchmarks.gateway`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from typing import Any
 
 import uvloop
 
+from benchmarks.common import parser_of
 from benchmarks.provider import Provider, exchange, open_stream
 from meterlib import AsyncMeter, Policy, StoreOptions
 from meterlib.gateway.app import Gateway
@@ -305,15 +306,13 @@ def _print(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def main() -> None:
     """Measure, and print a table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gateway", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=2.0, help="how long each throughput is measured in each round")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--quick", action="store_true", help="two short rounds")
-    parser.add_argument("--store", default=None, help="a store's URL; by default an embedded one in a temporary folder")
-    parser.add_argument("--json", action="store_true")
+    parser = parser_of("gateway", __doc__, "how long each is timed, a round (2; 0.7 with --quick)", servers=False)
+    parser.add_argument("--rounds", type=int, help=f"how many ({ROUNDS}; 2 with --quick)")
+    parser.add_argument("--store", help="the URL of a store; without it, an embedded one for the run")
+    parser.add_argument("--json", action="store_true", help="print all numbers as one JSON object")
     arguments = parser.parse_args()
-    if arguments.quick:
-        arguments.rounds, arguments.seconds = 2, 0.7
+    arguments.rounds = arguments.rounds or (2 if arguments.quick else ROUNDS)
+    arguments.seconds = arguments.seconds or (0.7 if arguments.quick else 2.0)
     with tempfile.TemporaryDirectory() as folder:
         store = arguments.store or f"embedded://{folder}/data"
         measured = uvloop.run(_measure(arguments, store))

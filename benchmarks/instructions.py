@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,14 @@ USAGE = Usage(input_tokens=1200)
 USED = Usage(input_tokens=1000, output_tokens=200)
 TOOLS = ("valgrind", "callgrind_control")
 SERVERS = ("valkey", "redis")
+
+NUMBERS = ", ".join(["1790000060999"] * 12)
+ANSWERS = {
+    "answer: a word and twelve numbers, list in a list": f"return {{{{'reserved', {NUMBERS}}}}}",
+    "answer: the same in one list": f"return {{'reserved', {NUMBERS}}}",
+    "answer: the same as packed text": f"return struct.pack('>sdddddddddddd', 'reserved', {NUMBERS})",
+}
+"""Ways to answer what a reserve has to."""
 
 Step = Callable[[int], Any]
 """One of the calls that are counted; told which."""
@@ -67,8 +76,8 @@ def counted(kind: str, calls: int) -> Iterator[tuple[str, float]]:
 
 def _steps(client: Any, url: str, calls: int) -> Iterator[tuple[str, Step]]:
     """Each step, after what has to be there for it was made; meters ask once before, so that scripts are loaded."""
-    sha = client.script_load(NO_OP)
-    yield "EVALSHA no-op", lambda _: client.evalsha(sha, len(NO_OP_KEYS), *NO_OP_KEYS)
+    for what, script in {"EVALSHA no-op": NO_OP, **ANSWERS}.items():
+        yield what, partial(_evalsha, client, client.script_load(script))
     clock = Clock()
     with _meter(url, "busy", AMPLE, clock) as meter:
         fill_window(client, "busy", "acme", 6000, clock)
@@ -94,6 +103,10 @@ def _steps(client: Any, url: str, calls: int) -> Iterator[tuple[str, Step]]:
     with _meter(url, "full", Quotas(1000, PLENTY), clock) as meter:
         fill_window(client, "full", "acme", 1000, clock, Quotas(1000, PLENTY))
         yield "reserve, denied by a window of 1,000 requests", lambda _: _denied(meter)
+
+
+def _evalsha(client: Any, sha: str, _: int) -> None:
+    client.evalsha(sha, len(NO_OP_KEYS), *NO_OP_KEYS)
 
 
 def _meter(url: str, prefix: str, quotas: Quotas, clock: Clock) -> Meter:
