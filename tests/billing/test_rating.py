@@ -544,6 +544,14 @@ def test_rounding_stands_on_a_line_of_its_own() -> None:
     assert plain(rounded_lines([Decimal("10.5"), Decimal("11.5")], "JPY").total) == "22"
 
 
+def test_nothing_is_never_less_than_nothing() -> None:
+    """A correction of a tenth of a cent is shown as 0.00, and not as -0.00."""
+    for given in (["-0.001"], ["-0.001", "0.001"], ["-0.004", "-0.004"], ["0.004", "0.004", "-0.009"]):
+        found = rounded_lines([Decimal(amount) for amount in given], "USD")
+
+        assert [] == [shown for shown in map(str, (*found.lines, found.rounding, found.total)) if shown == "-0.00"]
+
+
 amounts = st.decimals(min_value=-1000, max_value=1000, places=12, allow_nan=False)
 
 

@@ -39,7 +39,12 @@ def rounded_lines(amounts: Sequence[Decimal], currency: str) -> RoundedLines:
     exact = rounded = ZERO
     lines = []
     for amount in amounts:
-        lines.append(ROUNDING.quantize(amount, step))
+        lines.append(_quantized(amount, step))
         exact, rounded = plus(exact, amount), plus(rounded, lines[-1])
-    total = ROUNDING.quantize(exact, step)
+    total = _quantized(exact, step)
     return RoundedLines(lines=tuple(lines), rounding=minus(total, rounded), total=total, exact=exact)
+
+
+def _quantized(amount: Decimal, step: Decimal) -> Decimal:
+    """Half to even; what is next to nothing is 0, and not -0."""
+    return ROUNDING.plus(ROUNDING.quantize(amount, step))
