@@ -23,6 +23,7 @@ import uvloop
 from benchmarks.common import parser_of
 from benchmarks.provider import Provider, exchange, open_stream
 from meterlib import AsyncMeter, Policy, StoreOptions
+from meterlib.cli.gateway import collect_seldom
 from meterlib.gateway.app import Gateway
 from meterlib.gateway.callers import Callers
 from meterlib.gateway.exchange import ClientGone, Exchange
@@ -98,6 +99,7 @@ async def _serve(pipe: Connection, contender: Contender, upstream: str, store: s
     settings = GatewaySettings(listen="127.0.0.1:0", upstream=upstream, connections_max=100_000, shutdown_ms=0)
     served: Any = PassThrough(settings) if contender.kind == "bare" else _gateway(settings, contender, store)
     async with Server(served) as server:
+        collect_seldom()
         pipe.send(server.url)
         loop = asyncio.get_running_loop()
         while await loop.run_in_executor(None, pipe.recv) != "stop":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import signal
 import sys
 from contextlib import suppress
@@ -40,6 +41,9 @@ examples:
 exit codes: 0 stopped as told; 1 could not start; 2 wrong usage or configuration
 """
 WATCH_S = 1.0
+COLLECT_AFTER = 20_000
+"""Objects that may have come to be since the last look for cycles among the young ones."""
+
 log = Log("meterlib.gateway")
 
 
@@ -80,6 +84,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
     stopping, changed = asyncio.Event(), asyncio.Event()
     async with Server(gateway_for(config)) as server:
         _on_signals(server.gateway, stopping, changed)
+        collect_seldom()
         print(f"meterlib gateway at {server.url}, to {config.gateway.upstream}", file=sys.stderr)
         print(f"  export ANTHROPIC_BASE_URL={server.url}", file=sys.stderr, flush=True)
         reloading = _Reloading(arguments, file, (seen, book), config, server.gateway)
@@ -90,6 +95,17 @@ async def _serve(arguments: argparse.Namespace) -> None:
         looking.cancel()
         if server.gateway.open_calls:
             print(f"finishing {server.gateway.open_calls} open calls; again to stop at once", file=sys.stderr)
+
+
+def collect_seldom() -> None:
+    """Spare the garbage collector what is there for good, and let it look for cycles less often.
+
+    A stream makes some thousands of objects, nearly none of them in cycles; looking for those as often as Python does
+    by itself takes a tenth of the gateway's time.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(COLLECT_AFTER, *gc.get_threshold()[1:])
 
 
 async def _look_at_store(gateway: Gateway, config: Config) -> None:
