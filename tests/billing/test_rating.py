@@ -546,8 +546,8 @@ def test_rounding_stands_on_a_line_of_its_own() -> None:
 
 def test_nothing_is_never_less_than_nothing() -> None:
     """A correction of a tenth of a cent is shown as 0.00, and not as -0.00."""
-    for given in (["-0.001"], ["-0.001", "0.001"], ["-0.004", "-0.004"], ["0.004", "0.004", "-0.009"]):
-        found = rounded_lines([Decimal(amount) for amount in given], "USD")
+    for told in (["-0.001"], ["-0.001", "0.001"], ["-0.004", "-0.004"], ["0.004", "0.004", "-0.009"]):
+        found = rounded_lines([Decimal(amount) for amount in told], "USD")
 
         assert [] == [shown for shown in map(str, (*found.lines, found.rounding, found.total)) if shown == "-0.00"]
 
