@@ -36,10 +36,11 @@ for at = 3, #fields do state[fields[at]] = values[at] end
 
 -- passes, or why not: the quota is used up for now, or the amount can never fit.
 local function verdict_of(window, amount, quota, oversize)
+  if quota == 0 then return 'oversize' end  -- also of what takes nothing: such a limit is there to deny
   local used = window.settled + window.held
   if used + amount <= quota then return 'passes' end
   if amount <= quota then return 'quota' end
-  if quota == 0 or oversize == 'reject' then return 'oversize' end
+  if oversize == 'reject' then return 'oversize' end
   return used == 0 and 'passes' or 'quota'
 end
 

@@ -40,7 +40,7 @@ class Limit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     Attributes:
         name: how denials, headers and overrides call it.
-        quota: how much may count at any time, in the unit; 0 denies always.
+        quota: how much may count at any time, in the unit; 0 denies every call, whatever it takes.
         unit: `requests`, `input_tokens`, `output_tokens`, `total_tokens`, or any unit in `Usage.amounts`.
         window: length of a sliding window, such as `"1m"`, `"30s"`, `"500ms"`, `"5h"`, `"7d"`.
         period: `hour`, `day`, `week` (from Monday) or `month`.
@@ -357,7 +357,6 @@ class CompiledPolicy:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        self.units = tuple(dict.fromkeys(limit.unit for limit in policy.limits))
         self._tenants = {tenant.name: tenant for tenant in policy.tenants}
         self._bound: dict[tuple[str, frozenset[tuple[str, str]]], tuple[BoundLimit, ...]] = {}
 

@@ -336,12 +336,14 @@ def times_of(limit: LimitArguments, now_ms: int, expires_at_ms: int) -> tuple[in
 
 def verdict_of(window: Window, limit: LimitArguments) -> str:
     """Whether a limit lets an amount pass, or why not: used up for now, or never to fit."""
+    if limit.quota == 0:  # also of what takes nothing: such a limit is there to deny
+        return "oversize"
     used = window.settled + window.held
     if used + limit.amount <= limit.quota:
         return "passes"
     if limit.amount <= limit.quota:
         return "quota"
-    if limit.quota == 0 or limit.oversize == "reject":
+    if limit.oversize == "reject":
         return "oversize"
     return "passes" if used == 0 else "quota"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import msgspec
 from msgspec.structs import astuple, force_setattr
@@ -189,7 +189,7 @@ def amount_of(usage: Usage, unit: str) -> int | None:
     return AMOUNT_MAX if amount is not None and amount > AMOUNT_MAX else amount
 
 
-def amounts_of(usage: Usage, units: Sequence[str]) -> tuple[tuple[str, int], ...]:
-    """The known amounts of a usage in the given units."""
-    known = [(unit, amount_of(usage, unit)) for unit in units]
-    return tuple([(unit, amount) for unit, amount in known if amount is not None])
+def amounts_of(usage: Usage) -> tuple[tuple[str, int], ...]:
+    """All known amounts of a usage by unit, also of what nothing limits here: a hold may be of another policy."""
+    known = [(unit, amount_of(usage, unit)) for unit in FORMULAS]
+    return (*[(unit, amount) for unit, amount in known if amount is not None], *usage.amounts.items())

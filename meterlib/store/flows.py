@@ -326,7 +326,7 @@ def _unmetered(
 def revise(context: Context, tenant: str, reservation_id: str, usage: Usage, revision: int = 0) -> Flow[int]:
     """Hold a better estimate; see `Meter.revise`."""
     _check_usage(usage)
-    amounts = amounts_of(usage, context.compiled.units)
+    amounts = amounts_of(usage)
     return (yield from _change(context, tenant, reservation_id, revision, 0, encode(usage), amounts))
 
 
@@ -376,7 +376,7 @@ def settle(context: Context, settlement: Settlement) -> Flow[LedgerEntry]:
         blob,
         b"",
         "ask",
-        amounts_of(usage, context.compiled.units),
+        amounts_of(usage),
         (),
     )
     reply: Reply = yield Call("settle", shard, operation)

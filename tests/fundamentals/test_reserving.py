@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from meterlib import Limit, Meter, Policy, QuotaExceeded, Usage
@@ -87,6 +89,20 @@ def test_a_quota_of_nothing_denies_for_good(meter: Meter) -> None:
 
     assert (False, None) == (denied.value.retryable, denied.value.retry_after_ms)
     assert "oversize" == denied.value.denials[0].reason
+
+
+@pytest.mark.parametrize("span", [{"window": "1m"}, {"period": "day"}, {"open": True}], ids=str)
+def test_a_quota_of_nothing_denies_what_takes_nothing_of_it(meter: Meter, span: dict[str, Any]) -> None:
+    """A call whose amount is 0 or not told is a call; nor is one told to wait until old usage has gone."""
+    meter.policy = Policy(limits=(Limit(name="closed", unit="output_tokens", quota=10, **span),))
+    meter.reserve("acme", usage=Usage(output_tokens=5))
+    meter.reserve("cancelled", usage=Usage(output_tokens=5)).cancel()
+    meter.policy = Policy(limits=(Limit(name="closed", unit="output_tokens", quota=0, **span),))
+    for tenant in ("acme", "cancelled", "new"):
+        for usage in (Usage(), Usage(output_tokens=0), Usage(input_tokens=7)):
+            with pytest.raises(QuotaExceeded) as denied:
+                meter.reserve(tenant, usage=usage)
+            assert (False, "oversize") == (denied.value.retryable, denied.value.denials[0].reason)
 
 
 def test_a_call_that_touches_no_limit_passes(meter: Meter, entries: Entries) -> None:

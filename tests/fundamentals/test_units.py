@@ -110,3 +110,21 @@ def test_the_preset_is_what_the_model_service_promises(meter: Meter) -> None:
     meter.reserve("acme", {"provider": "bedrock"}, Usage(input_tokens=50_000))
 
     assert {"requests": 50, "input_tokens": 50_000} == {d.name: d.quota for d in denied.value.denials}
+
+
+def test_usage_counts_on_every_limit_that_its_reservation_holds(meter: Meter, states: States) -> None:
+    """Whatever the limits are where it is settled: a process with an older policy, or with none, tells all it knows."""
+    held_under = Policy(
+        limits=(*POLICY.limits, Limit(name="usd", unit="cost_nanousd", quota=10 * 10**9, period="month"))
+    )
+    meter.policy = held_under
+    expected = Usage(input_tokens=5_000, output_tokens=4_000, requests=3, amounts={"cost_nanousd": 9 * 10**9})
+    meter.reserve("acme", usage=expected, reservation_id="revised")
+    meter.reserve("acme", usage=Usage(), reservation_id="settled")
+
+    meter.policy = Policy()
+    meter.revise("acme", "revised", Usage(input_tokens=100, output_tokens=20, amounts={"cost_nanousd": 10**9}))
+    meter.settle("acme", "settled", Usage(input_tokens=7, output_tokens=2, amounts={"cost_nanousd": 3}))
+
+    meter.policy = held_under
+    assert (2, 107, 22, 129, 10**9 + 3) == tuple(state.used for state in states().values())

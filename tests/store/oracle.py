@@ -139,9 +139,9 @@ class Judge:
             if rule.window in self.full:
                 continue
             settled, held = self.used(rule.window, now_ms)
+            assert rule.quota > 0, "a quota of nothing let a call pass"
             if amount > rule.quota:
                 assert not rule.rejects
-                assert rule.quota > 0
                 assert settled + held == 0, "an oversize call passed a partition that was not idle"
             else:
                 assert settled + held + amount <= rule.quota, "admitted beyond the quota"
@@ -161,12 +161,11 @@ class Judge:
             if rule.window in self.full:
                 continue
             settled, held = self.used(rule.window, now_ms)
-            fits = settled + held + amount <= rule.quota
+            fits = settled + held + amount <= rule.quota and rule.quota > 0
             if verdict == "passes":
                 assert fits or (amount > rule.quota > 0 and settled + held == 0)
             elif verdict == "oversize":
-                assert amount > rule.quota
-                assert rule.rejects or rule.quota == 0
+                assert rule.quota == 0 or (amount > rule.quota and rule.rejects)
             else:
                 assert not fits, "denied although it fits"
                 if rule.span == "sliding" and amount <= rule.quota:
