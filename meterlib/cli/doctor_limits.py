@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from fnmatch import fnmatchcase
 from typing import Any
 
 import msgspec
@@ -146,27 +145,10 @@ def _example(name: str, patterns: Sequence[str]) -> str | None:
     """A value that calls may have and that matches one of the patterns."""
     for pattern in patterns:
         for filler in ("x", "", "1", "-"):
-            value = _filled(pattern, filler)
+            value = pattern.replace("*", filler)
             try:
                 check_attributes({name: value})
             except InvalidInput:
                 continue
-            if fnmatchcase(value, pattern):
-                return value
+            return value
     return None
-
-
-def _filled(pattern: str, filler: str) -> str:
-    """The pattern with its wildcards replaced."""
-    text, at = "", 0
-    while at < len(pattern):
-        character = pattern[at]
-        end = pattern.find("]", at + 2) if character == "[" else -1
-        if end > 0:
-            choices = pattern[at : end + 1]
-            fitting = [chr(code) for code in range(33, 127) if fnmatchcase(chr(code), choices)]
-            character, at = (fitting or [filler])[0], end
-        elif character in "*?":
-            character = filler
-        text, at = text + character, at + 1
-    return text

@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from meterlib.billing.prices.diff import Change, changes, text_of
@@ -23,6 +22,7 @@ from meterlib.cli.options import add_config, add_json, moment_ms
 from meterlib.cli.tables import Column, print_table
 from meterlib.config import Config
 from meterlib.core.money import plain
+from meterlib.core.policy import fits
 from meterlib.errors import InvalidInput, PolicyError
 
 HELP = """\
@@ -161,7 +161,7 @@ def _in_force(
 
 
 def _is_meant(model: PricedModel, name: str) -> bool:
-    return fnmatchcase(model.name, name) or PriceBook("one", [model]).find(model.provider, name) is not None
+    return fits(model.name, name) or PriceBook("one", [model]).find(model.provider, name) is not None
 
 
 def _lines(label: str, model: PricedModel, price: Price) -> Iterator[list[str]]:

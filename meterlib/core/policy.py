@@ -87,7 +87,7 @@ class Limit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         for name, patterns in self.match.items():
             value = attributes.get(name)
             wanted = (patterns,) if isinstance(patterns, str) else patterns
-            if value is None or not any(fnmatchcase(value, pattern) for pattern in wanted):
+            if value is None or not any(fits(value, pattern) for pattern in wanted):
                 return False
         return True
 
@@ -142,6 +142,17 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         from meterlib.config import Config
 
         return Config.load(path).policy
+
+
+_ITSELF = str.maketrans({"?": "[?]", "[": "[[]"})
+
+
+def fits(value: str, pattern: str) -> bool:
+    """Whether a value is what a pattern says, where `*` stands for any text, and every other character for itself.
+
+    Names of models have brackets, such as `claude-sonnet-4-5[1m]`: they are no sets of characters.
+    """
+    return fnmatchcase(value, pattern.translate(_ITSELF))
 
 
 def duration_ms(text: str) -> int:

@@ -9,11 +9,10 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
-from meterlib.core.policy import Funding
+from meterlib.core.policy import Funding, fits
 from meterlib.errors import PolicyError
 from meterlib.gateway.answers import Refusal
 from meterlib.gateway.headers import Headers, values_of
@@ -72,7 +71,7 @@ class Caller:
 
     def may_use(self, model: str) -> bool:
         """Whether it may use a model."""
-        return not self.models or any(fnmatchcase(model, pattern) for pattern in self.models)
+        return not self.models or any(fits(model, pattern) for pattern in self.models)
 
     def __repr__(self) -> str:
         return f"<Caller {self.tenant!r} {self.funding}>"

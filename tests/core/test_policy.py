@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meterlib import Limit, Policy, Tenant
-from meterlib.core.policy import BoundLimit, CompiledPolicy, duration_ms
+from meterlib.core.policy import BoundLimit, CompiledPolicy, duration_ms, fits
 
 VALUES = st.sampled_from(["anthropic", "openai", "claude-opus-4", "claude-sonnet-4", "a", "A"])
 ATTRIBUTES = st.dictionaries(st.sampled_from(["provider", "model", "key"]), VALUES)
@@ -34,7 +34,7 @@ def test_a_limit_without_a_match_applies_to_every_call(attributes: dict[str, str
 
 
 @pytest.mark.parametrize(
-    ("pattern", "value", "fits"),
+    ("pattern", "value", "expected"),
     [
         ("anthropic", "anthropic", True),
         ("anthropic", "Anthropic", False),
@@ -50,11 +50,37 @@ def test_a_limit_without_a_match_applies_to_every_call(attributes: dict[str, str
         (("openai", "anthropic"), "bedrock", False),
         (("openai", "claude-*"), "claude-opus-4", True),
         ((), "anthropic", False),
+        ("claude-sonnet-4-5[1m]", "claude-sonnet-4-5[1m]", True),
+        ("claude-sonnet-4-5[1m]", "claude-sonnet-4-51", False),
+        ("gpt-?", "gpt-4", False),
+        ("gpt-?", "gpt-?", True),
+        ("*[!a]", "b", False),
+        ("*[!a]", "x\ny[!a]", True),
     ],
 )
-def test_a_value_fits_a_pattern_as_a_whole(pattern: str | tuple[str, ...], value: str, fits: bool) -> None:
+def test_a_value_fits_a_pattern_as_a_whole(pattern: str | tuple[str, ...], value: str, expected: bool) -> None:
     """From end to end, and capitals count; of several patterns one is enough."""
-    assert fits == limit(match={"model": pattern}).applies_to({"model": value})
+    assert expected == limit(match={"model": pattern}).applies_to({"model": value})
+
+
+def found(pattern: str, value: str) -> bool:
+    """Whether a pattern fits, by trying every length that its first `*` may stand for."""
+    if not pattern:
+        return not value
+    if pattern[0] == "*":
+        return any(found(pattern[1:], value[at:]) for at in range(len(value) + 1))
+    return bool(value) and value[0] == pattern[0] and found(pattern[1:], value[1:])
+
+
+LETTERS = st.text("ab*?[]!-^\\.\n", max_size=6)
+
+
+@given(st.one_of(st.tuples(LETTERS, LETTERS), LETTERS.map(lambda text: (text, text))))
+def test_only_a_star_stands_for_anything_but_itself(texts: tuple[str, str]) -> None:
+    """Names of models have brackets, and no other character of a pattern means more than it is."""
+    pattern, value = texts
+
+    assert found(pattern, value) == fits(value, pattern)
 
 
 @given(st.dictionaries(st.sampled_from(["provider", "model"]), PATTERNS, min_size=1), ATTRIBUTES)
