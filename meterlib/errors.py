@@ -6,7 +6,7 @@
     ├── ReservationEnded       the caller's: the reservation was already settled, cancelled or has expired
     ├── ReservationNotFound    the caller's: no such reservation; never made, or forgotten
     ├── InvalidInput(field)    the caller's: a tenant, attribute, id or amount that is not valid; nothing was written
-    ├── UsageError             the caller's: a meter used after its close, or a sync meter where an async one belongs
+    ├── UsageError             the caller's: a meter used after its close, or by two event loops; a missing package
     ├── PolicyError(path)      the operator's: a setting that is not valid; found when loading, never while serving
     ├── IntegrityError         ledger and archive, or an archive and itself, do not agree: nobody should bill from it
     ├── SinkError              the world's: a database that entries are exported to failed; the next export goes on
@@ -132,7 +132,7 @@ class InvalidInput(MeterError, ValueError):
 
 
 class UsageError(MeterError, RuntimeError):
-    """The meter was used in a way it does not support: after `close()`, or from another event loop."""
+    """The meter was used after its `close()` or from another event loop, or a package is needed that is not there."""
 
 
 class PolicyError(MeterError, ValueError):
@@ -175,7 +175,7 @@ class StoreUnavailable(StoreError):
     """The store did not answer in time; whether the call took effect is unknown, and repeating it is safe.
 
     Attributes:
-        operation: the verb that got no answer.
+        operation: what got no answer: the verb, or what it reads first.
         cause: what went wrong, in the client's words; empty where that is not known.
     """
 

@@ -79,6 +79,11 @@ class _Calls:
         script = ("EVAL", text) if by_text else ("EVALSHA", sha)
         return [*script, *self._keys[shard], call, *[operation.packed() for operation in operations]]
 
+    def attempts(self, batch: Batch, deadline_s: float | None, began_s: float) -> Attempts:
+        """The tries of a call, of what it has to find out first as well."""
+        deadline_ms = self.options.deadline_ms if deadline_s is None else deadline_s * 1000
+        return Attempts(batch.script, deadline_ms, began_s)
+
     def _call_arguments(self, sweep_max: int) -> bytes:
         now_ms = self._clock.now_ms if self._clock else 0
         return packed((self._layout, now_ms, sweep_max, self.options.retention_ms))
@@ -220,10 +225,11 @@ class SyncDriver:
 
     def call(self, batch: Batch, deadline_s: float | None = None) -> list[Reply]:
         """Run operations of one script on one shard, in one call, in the time that they have left."""
-        if not self._ready:
-            self._prepare(reads=batch.script in READING)
         attempts: Attempts | None = None
         began_s = time.monotonic()
+        if not self._ready:
+            attempts = self._calls.attempts(batch, deadline_s, began_s)
+            self._prepare(attempts, reads=batch.script in READING)
         while True:
             try:
                 try:
@@ -235,20 +241,19 @@ class SyncDriver:
                 self._wire.drop()
                 raise
             except FAILURES as error:
-                deadline_ms = self.options.deadline_ms if deadline_s is None else deadline_s * 1000
-                attempts = attempts or Attempts(batch.script, deadline_ms, began_s)
+                attempts = attempts or self._calls.attempts(batch, deadline_s, began_s)
                 self._pause(attempts, error)
 
     def calls(self, batches: Sequence[Batch], deadline_s: float) -> list[list[Reply] | MeterError]:
         """What becomes of several calls, in one round trip if there is one server; one's failure is its own."""
         if len(batches) == 1 or not self._one_server:
             return [self._outcome(batch, deadline_s) for batch in batches]
+        pipeline = Pipeline(self._calls, batches, deadline_s)
         try:
             if not self._ready:
-                self._prepare(reads=all(batch.script in READING for batch in batches))
+                self._prepare(pipeline.attempts, reads=all(batch.script in READING for batch in batches))
         except MeterError as error:
-            return [error] * len(batches)
-        pipeline = Pipeline(self._calls, batches, deadline_s)
+            pipeline.give_up(error)
         while words := pipeline.words():
             wait_s = pipeline.take(self._wire.ask_all(words))
             if not wait_s:
@@ -268,17 +273,19 @@ class SyncDriver:
             return error
 
     def _retrying(self, name: str, *words: Value) -> Any:
-        attempts = Attempts(name, self.options.deadline_ms)
+        return self._trying(Attempts(name, self.options.deadline_ms), *words)
+
+    def _trying(self, attempts: Attempts, *words: Value) -> Any:
         while True:
             try:
                 return self._by_client.ask(words)
             except FAILURES as error:
                 self._pause(attempts, error)
 
-    def _prepare(self, *, reads: bool) -> None:
-        """What comes before the first call, and before the first that writes."""
+    def _prepare(self, attempts: Attempts, *, reads: bool) -> None:
+        """What comes before the first call, and before the first that writes; in that call's time."""
         if not self._layout_checked:
-            self._check_layout(reads=reads)
+            self._check_layout(attempts, reads=reads)
         if reads or not self._layout_checked or self._ready:
             return
         self._ready = True
@@ -286,23 +293,23 @@ class SyncDriver:
             with suppress(*FAILURES, TypeError):  # managed servers may forbid it, and stand-ins not know it
                 forgetful.tell(self.client.execute_command("INFO"))
 
-    def _check_layout(self, *, reads: bool = False) -> None:
+    def _check_layout(self, attempts: Attempts, *, reads: bool) -> None:
         """Tenants are spread over shards by their number: nobody may use the store with another one.
 
         Who comes first to write says it; looking at a store that is not used yet does not.
         """
         key, own = layout_key(self.options.prefix), layout(self.options.shards)
-        stored = self._retrying("layout", "GET", key)
+        stored = self._trying(attempts, "GET", key)
         if stored is None and reads:
             return
         if stored is None:
             try:
-                self._retrying("layout", "SETNX", key, own)
+                self._trying(attempts, "SETNX", key, own)
             except StoreRefused:
                 return  # out of memory: settlements must go on all the same, and the next call asks again
-            stored = self._retrying("layout", "GET", key) or own.encode()
+            stored = self._trying(attempts, "GET", key) or own.encode()
         if not isinstance(stored, bytes):
-            raise StoreUnavailable("layout", f"an answer that is none: {stored!r:.80}")
+            raise attempts.over(f"an answer that is none: {stored!r:.80}")
         if stored.decode() != own:
             raise corrupt("layout", f"METERLIB_LAYOUT {stored.decode()} is the layout of the store, not {own}")
         self._layout_checked = True
@@ -435,10 +442,11 @@ class AsyncDriver:
 
     async def call(self, batch: Batch, deadline_s: float | None = None) -> list[Reply]:
         """Run operations of one script on one shard, in one call, in the time that they have left."""
-        if not self._ready:
-            await self._prepare(reads=batch.script in READING)
         attempts: Attempts | None = None
         began_s = time.monotonic()
+        if not self._ready:
+            attempts = self._calls.attempts(batch, deadline_s, began_s)
+            await self._prepare(attempts, reads=batch.script in READING)
         while True:
             try:
                 try:
@@ -450,20 +458,19 @@ class AsyncDriver:
                 await self._wire.drop()
                 raise
             except FAILURES as error:
-                deadline_ms = self.options.deadline_ms if deadline_s is None else deadline_s * 1000
-                attempts = attempts or Attempts(batch.script, deadline_ms, began_s)
+                attempts = attempts or self._calls.attempts(batch, deadline_s, began_s)
                 await self._pause(attempts, error)
 
     async def calls(self, batches: Sequence[Batch], deadline_s: float) -> list[list[Reply] | MeterError]:
         """What becomes of several calls, in one round trip if there is one server; one's failure is its own."""
         if len(batches) == 1 or not self._one_server:
             return [await self._outcome(batch, deadline_s) for batch in batches]
+        pipeline = Pipeline(self._calls, batches, deadline_s)
         try:
             if not self._ready:
-                await self._prepare(reads=all(batch.script in READING for batch in batches))
+                await self._prepare(pipeline.attempts, reads=all(batch.script in READING for batch in batches))
         except MeterError as error:
-            return [error] * len(batches)
-        pipeline = Pipeline(self._calls, batches, deadline_s)
+            pipeline.give_up(error)
         while words := pipeline.words():
             wait_s = pipeline.take(await self._wire.ask_all(words))
             if not wait_s:
@@ -483,19 +490,21 @@ class AsyncDriver:
             return error
 
     async def _retrying(self, name: str, *words: Value) -> Any:
-        attempts = Attempts(name, self.options.deadline_ms)
+        return await self._trying(Attempts(name, self.options.deadline_ms), *words)
+
+    async def _trying(self, attempts: Attempts, *words: Value) -> Any:
         while True:
             try:
                 return await self.client.execute_command(*words, NEVER_DECODE=True)
             except FAILURES as error:
                 await self._pause(attempts, error)
 
-    async def _prepare(self, *, reads: bool) -> None:
-        """What comes before the first call, and before the first that writes."""
+    async def _prepare(self, attempts: Attempts, *, reads: bool) -> None:
+        """What comes before the first call, and before the first that writes; in that call's time."""
         if isinstance(self.client, AsyncRedisCluster):
-            await self._meet_nodes(self.client)
+            await self._meet_nodes(self.client, attempts)
         if not self._layout_checked:
-            await self._check_layout(reads=reads)
+            await self._check_layout(attempts, reads=reads)
         if reads or not self._layout_checked or self._ready:
             return
         self._ready = True
@@ -503,9 +512,8 @@ class AsyncDriver:
             with suppress(*FAILURES, TypeError):  # managed servers may forbid it, and stand-ins not know it
                 forgetful.tell(await self.client.execute_command("INFO"))
 
-    async def _meet_nodes(self, client: AsyncRedisCluster) -> None:
+    async def _meet_nodes(self, client: AsyncRedisCluster, attempts: Attempts) -> None:
         """Left to itself, a client that does not know its nodes yet sends what comes meanwhile to any of them."""
-        attempts = Attempts("nodes", self.options.deadline_ms)
         while True:
             try:
                 await client.initialize()
@@ -513,23 +521,23 @@ class AsyncDriver:
             except FAILURES as error:
                 await self._pause(attempts, error)
 
-    async def _check_layout(self, *, reads: bool = False) -> None:
+    async def _check_layout(self, attempts: Attempts, *, reads: bool) -> None:
         """Tenants are spread over shards by their number: nobody may use the store with another one.
 
         Who comes first to write says it; looking at a store that is not used yet does not.
         """
         key, own = layout_key(self.options.prefix), layout(self.options.shards)
-        stored = await self._retrying("layout", "GET", key)
+        stored = await self._trying(attempts, "GET", key)
         if stored is None and reads:
             return
         if stored is None:
             try:
-                await self._retrying("layout", "SETNX", key, own)
+                await self._trying(attempts, "SETNX", key, own)
             except StoreRefused:
                 return  # out of memory: settlements must go on all the same, and the next call asks again
-            stored = await self._retrying("layout", "GET", key) or own.encode()
+            stored = await self._trying(attempts, "GET", key) or own.encode()
         if not isinstance(stored, bytes):
-            raise StoreUnavailable("layout", f"an answer that is none: {stored!r:.80}")
+            raise attempts.over(f"an answer that is none: {stored!r:.80}")
         if stored.decode() != own:
             raise corrupt("layout", f"METERLIB_LAYOUT {stored.decode()} is the layout of the store, not {own}")
         self._layout_checked = True

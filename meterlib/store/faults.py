@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import time
+from copy import copy
 from socket import gaierror
 
 from redis import exceptions
@@ -83,6 +84,11 @@ def verdict(operation: str, error: Exception) -> MeterError | None:
             return None
         return corrupt(operation, text)
     return None  # connection lost, time-out, failover under way: the outcome is unknown
+
+
+def told_for(operation: str, error: MeterError) -> MeterError:
+    """The error of an operation that failed together with others."""
+    return StoreUnavailable(operation, error.cause) if type(error) is StoreUnavailable else copy(error)
 
 
 def out_of_reach(error: BaseException) -> str:

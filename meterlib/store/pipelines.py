@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 from typing import Any, Protocol
 
 from redis.exceptions import NoScriptError
@@ -11,7 +10,7 @@ from redis.exceptions import NoScriptError
 from meterlib.core.operations import Reply, Value
 from meterlib.errors import MeterError, StoreUnavailable
 from meterlib.store.commands import Batch
-from meterlib.store.faults import FAILURES, Attempts, in_short, verdict
+from meterlib.store.faults import FAILURES, Attempts, in_short, told_for, verdict
 
 
 class Wording(Protocol):
@@ -64,7 +63,7 @@ class Pipeline:
     def give_up(self, error: MeterError) -> None:
         """What is left cannot be sent again; what has its answer keeps it."""
         for at in list(self._left):
-            self._end(at, copy(error))
+            self._end(at, told_for(self._batches[at].script, error))
 
     def _replies(self, at: int, answer: Any) -> list[Reply] | MeterError:
         batch = self._batches[at]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,6 +68,40 @@ def async_direct(url: str) -> Any:
 @pytest.fixture(params=[sync_driver, async_driver, sync_direct, async_direct])
 def driver(request: pytest.FixtureRequest) -> Any:
     return request.param
+
+
+PATIENT = StoreOptions(shards=4, deadline_ms=60_000)
+
+
+def patient_sync(url: str) -> Outcomes:
+    driver = driver_for_url(url, PATIENT, None, "sync")
+    try:
+        return list(driver.calls([reserving("one", 0), finding("two", 1)], 0.05))
+    finally:
+        driver.close()
+
+
+def patient_async(url: str) -> Outcomes:
+    async def call() -> Outcomes:
+        driver = driver_for_url(url, PATIENT, None, "async")
+        try:
+            return list(await driver.calls([reserving("one", 0), finding("two", 1)], 0.05))
+        finally:
+            await driver.aclose()
+
+    return asyncio.run(call())
+
+
+@pytest.mark.parametrize("outcomes_of", [patient_sync, patient_async])
+def test_what_a_meter_finds_out_first_takes_of_the_calls_own_time(
+    tmp_path: Path, outcomes_of: Callable[[str], Outcomes]
+) -> None:
+    """Calls that have waited already do not wait for another whole deadline, because nobody has seen the store yet."""
+    began_s = time.monotonic()
+    outcomes = outcomes_of(f"unix://{tmp_path}/none.sock")
+
+    assert ["reserve", "find"] == [outcome.operation for outcome in outcomes]
+    assert time.monotonic() - began_s < PATIENT.deadline_ms / 2_000
 
 
 def reserving(name: str, shard: int) -> Batch:

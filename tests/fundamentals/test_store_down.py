@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -118,3 +118,21 @@ def test_the_async_meter_keeps_a_journal_too(own_server: Server, clock: Clock, t
             return [e.reservation_id for shard in range(meter.shards) async for e in meter.ledger(shard)]
 
     assert ["reserved", "unmetered"] == asyncio.run(outage())
+
+
+@pytest.mark.parametrize("verb", ["reserve", "revise", "settle", "cancel", "record", "peek"])
+def test_a_store_that_was_never_reached_is_told_of_as_one_that_is_gone(tmp_path: Path, verb: str) -> None:
+    """By the verb that was called, and not by what a meter has to know of its store before."""
+    with Meter.connect(f"unix://{tmp_path}/none.sock", POLICY, options=HASTY) as meter:
+        calls: dict[str, Callable[[], object]] = {
+            "reserve": lambda: meter.reserve("acme"),
+            "revise": lambda: meter.revise("acme", "call-1", USED),
+            "settle": lambda: meter.settle("acme", "call-1", USED),
+            "cancel": lambda: meter.cancel("acme", "call-1"),
+            "record": lambda: meter.record("acme", {}, USED),
+            "peek": lambda: meter.peek("acme"),
+        }
+        with pytest.raises(StoreUnavailable) as gone:
+            calls[verb]()
+
+        assert verb == gone.value.operation
