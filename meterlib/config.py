@@ -9,16 +9,16 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import msgspec
 from msgspec import inspect
 
 from meterlib.core.policy import Limit, Policy, Tenant, nearest
-from meterlib.errors import PolicyError
+from meterlib.errors import InvalidInput, PolicyError
 from meterlib.meter import AsyncMeter, Meter
 from meterlib.settings import BillingSettings, GatewaySettings, TenantSettings, check_tenants
-from meterlib.store.connect import SCHEMES
+from meterlib.store.connect import check_url
 from meterlib.store.embedded import parse_embedded_url
 from meterlib.store.options import Clock, StoreOptions
 
@@ -303,31 +303,10 @@ def _check_store(store: StoreSettings) -> None:
         raise PolicyError("store.sweep_interval_ms", problem)
     if store.journal is not None and not store.journal.strip():
         raise PolicyError("store.journal", "the name of a file is needed; leave the setting out for none")
-    problem = _url_problem(store.url)
-    if problem:
-        raise PolicyError("store.url", problem)
-
-
-def _url_problem(url: str) -> str:
-    """What is wrong with a URL, without repeating it, since it may hold a password; empty if it looks right."""
-    scheme = url.partition("://")[0]
-    if "://" not in url or scheme not in SCHEMES:
-        return f"must begin with one of {', '.join(f'{known}://' for known in SCHEMES)}"
-    if scheme == "embedded":
-        try:
-            parse_embedded_url(url)
-        except ValueError as error:
-            return str(error)
-    if scheme.partition("+")[0] in ("redis", "rediss") and scheme != "redis+sentinel":
-        try:
-            path = urlsplit(url).path if urlsplit(url).port != 0 else None
-        except ValueError:
-            path = None
-        if path is None:
-            return "its host and port make no sense; in a user or password, write / as %2F, ? as %3F, # as %23"
-        if scheme.endswith("+cluster") and path not in ("", "/", "/0"):
-            return "a cluster has no databases but 0"
-    return ""
+    try:
+        check_url(store.url)
+    except InvalidInput as error:
+        raise PolicyError("store.url", str(error).removeprefix("url: ")) from None
 
 
 def _as_in_code(limit: Limit) -> Limit:

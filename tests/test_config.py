@@ -251,6 +251,12 @@ def test_the_first_own_limit_is_number_0_whatever_the_preset_has(file: Path) -> 
         "redis+cluster://:hunter2@h/3",
         "redis://:hunter2/x@h",
         "rediss://:hunter2@h:0",
+        "redis://:hunter2@h/x",
+        "redis://h/0?password=hunter2&nonsense=1",
+        "redis+cluster://:hunter2@h/0?nonsense=1",
+        "redis+sentinel://:hunter2@h",
+        "memory://hunter2",
+        "unix://",
     ],
 )
 def test_a_url_that_is_refused_is_not_repeated(file: Path, url: str) -> None:

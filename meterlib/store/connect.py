@@ -15,6 +15,7 @@ from meterlib.store.options import Clock, StoreOptions
 from meterlib.store.wires import AsyncDirectWire, DirectWire
 
 Face = Literal["sync", "async"]
+_UNKNOWN = "one of its parts makes no sense, such as an unknown setting behind the ?"
 _ENCODE = "a / ? # or @ in a user name or password is written %2F %3F %23 %40"
 SCHEMES = ("redis", "rediss", "unix", "redis+cluster", "rediss+cluster", "redis+sentinel", "embedded", "memory")
 
@@ -26,24 +27,17 @@ def driver_for_url(url: str, options: StoreOptions, clock: Clock | None, face: F
         InvalidInput: the URL's scheme is unknown or its parts make no sense. The URL itself may hold a password, so the
             message does not repeat it.
     """
-    scheme = url.partition("://")[0] if "://" in url else ""
-    if scheme not in SCHEMES:
-        raise InvalidInput("url", f"its scheme must be one of {', '.join(f'{known}://' for known in SCHEMES)}")
+    scheme = check_url(url)
     if scheme == "memory":
         store = MemoryStore(options)
         return MemoryDriver(store, clock) if face == "sync" else AsyncMemoryDriver(store, clock)
     if scheme == "embedded":
-        try:
-            server = EmbeddedServer(parse_embedded_url(url))
-        except ValueError as error:
-            raise InvalidInput("url", str(error)) from None
-        return embedded_driver(server, options, clock, face)
-    _check_url(url, scheme)
+        return embedded_driver(EmbeddedServer(parse_embedded_url(url)), options, clock, face)
     make = _cluster if scheme.endswith("+cluster") else _sentinel if scheme == "redis+sentinel" else _single
     try:
         client = make(url, options, face)
     except (ValueError, TypeError):
-        raise InvalidInput("url", "one of its parts makes no sense, such as an unknown setting behind the ?") from None
+        raise InvalidInput("url", _UNKNOWN) from None
     return _driver(client, options, clock, face, direct=make is _single)
 
 
@@ -57,7 +51,28 @@ def _driver(
     return AsyncDriver(client, options, clock, wire=wire)
 
 
-def _check_url(url: str, scheme: str) -> None:
+def check_url(url: str) -> str:
+    """The scheme of a URL that leads to a store; opens nothing.
+
+    Raises:
+        InvalidInput: it does not; as of `driver_for_url`.
+    """
+    scheme = url.partition("://")[0]
+    if "://" not in url or scheme not in SCHEMES:
+        raise InvalidInput("url", f"must begin with one of {', '.join(f'{known}://' for known in SCHEMES)}")
+    if scheme == "memory" and url != "memory://":
+        raise InvalidInput("url", "memory:// has nothing behind it: every meter there has a store of its own")
+    if scheme == "embedded":
+        try:
+            parse_embedded_url(url)
+        except ValueError as error:
+            raise InvalidInput("url", str(error)) from None
+    if scheme not in ("memory", "embedded"):
+        _check_parts(url, scheme)
+    return scheme
+
+
+def _check_parts(url: str, scheme: str) -> None:
     """What urllib and redis-py would take for something else, or would repeat in an error, password and all."""
     try:
         parts = urlsplit(url)
@@ -67,6 +82,8 @@ def _check_url(url: str, scheme: str) -> None:
         raise InvalidInput("url", f"its host or port makes no sense ({_ENCODE})") from None
     if parts.fragment or "@" in parts.path + parts.query:
         raise InvalidInput("url", _ENCODE)
+    if 0 in ports:
+        raise InvalidInput("url", f"its port makes no sense ({_ENCODE})")
     if len(ports) > 1 and scheme != "redis+sentinel":
         raise InvalidInput("url", "only redis+sentinel:// names several hosts")
     path = parts.path.strip("/")
@@ -79,6 +96,21 @@ def _check_url(url: str, scheme: str) -> None:
     service, _, database = path.partition("/")
     if scheme == "redis+sentinel" and (not service or not (database or "0").isdigit()):
         raise InvalidInput("url", "a service is needed, and perhaps a database: redis+sentinel://host:26379/SERVICE/0")
+    if parts.query:
+        _check_settings(url, scheme)
+
+
+def _check_settings(url: str, scheme: str) -> None:
+    """Those behind the ?, which a cluster's client would look at with its first call, or not at all."""
+    if scheme == "redis+sentinel":
+        raise InvalidInput("url", "redis+sentinel:// takes no settings behind a ?")
+    from redis import ConnectionPool
+
+    try:
+        pool = ConnectionPool.from_url(url.replace("+cluster", "", 1))
+        pool.connection_class(**pool.connection_kwargs)
+    except (ValueError, TypeError):
+        raise InvalidInput("url", _UNKNOWN) from None
 
 
 def shown_url(url: str) -> str:

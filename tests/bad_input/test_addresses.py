@@ -78,6 +78,11 @@ def test_a_scheme_is_one_of_those_known(connect: Connect, url: str) -> None:
         "redis://u:hunter2@h/abc",
         "redis://u:hunter2@h/-1",
         "redis://u:hunter2@h/0?nonsense=1",
+        "redis://u:hunter2@h:0",
+        "redis+cluster://u:hunter2@h/0?nonsense=1",
+        "redis+cluster://u:hunter2@h/?socket_timeout=x",
+        "redis+sentinel://u:hunter2@h/service?socket_timeout=1",
+        "memory://hunter2",
         "unix://",
     ],
 )
