@@ -34,8 +34,8 @@ nobody swept, settlements that wait in the journal, and tokens that expire soon.
 
 Each configured limit is proven able to deny: on the real server, under a prefix of
 its own that is deleted afterwards, its quota is filled, and one more must be denied.
-Nothing else changes (but a store that was never used learns its number of shards);
-an embedded store that does not exist yet is told, and not created.
+Nothing else changes, and an embedded store that does not exist yet is told, and not
+created.
 ---
 examples:
   meterlib doctor

@@ -106,6 +106,8 @@ class _Bench:
             raise CannotDeny(f"even {limit.quota:,} {limit.unit} are not let through, which the quota allows")
         wait_ms = self._must_deny(bound, 1, "quota")
         until = "until a call ends" if limit.open else f"for up to {span_text(wait_ms)}"
+        if limit.on_expiry == "free":  # the wait is that for the proof's own lease; usage stays to the end
+            until = f"until the {limit.period} ends"
         return f"{limit.quota:,} {limit.unit} pass, one more is denied {until}"
 
     def _must_deny(self, bound: BoundLimit, amount: int, reason: str) -> int:

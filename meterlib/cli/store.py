@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from meterlib.config import DEFAULT_URL, FILE_NAME, Config
 from meterlib.core.decisions import LimitState
 from meterlib.core.ledger import LedgerEntry
-from meterlib.errors import EmbeddedError, PolicyError, StoreError, StoreUnavailable
+from meterlib.errors import EmbeddedError, PolicyError, StoreError, StoreRefused, StoreUnavailable
 from meterlib.store import flows
 from meterlib.store.commands import Flow, ShardHead
 from meterlib.store.connect import client_of, driver_for_url, shown_url
@@ -139,14 +139,20 @@ def opened(config: Config, file: str | None = "") -> Iterator[Store]:
             raise
         except StoreUnavailable as error:
             raise StoreError(f"{no_answer(error, config, file)}; does a server run there?") from error
+        except StoreRefused as error:
+            raise StoreError(f"{error} (at {_place(config, file)})") from error
 
 
 def no_answer(error: StoreUnavailable, config: Config, file: str | None) -> str:
     """That nobody answers, with the place, the setting that leads there, and the cause."""
+    return f"nobody answers at {_place(config, file)}: {error.cause or error}"
+
+
+def _place(config: Config, file: str | None) -> str:
     found = None if file == "" else settings_file(file)
     setting = f"[store] url of {found}" if found else "[store] url"
     by_default = " by default" if config.store.url == DEFAULT_URL else ""
-    return f"nobody answers at {shown_url(config.store.url)}, which is {setting}{by_default}: {error.cause or error}"
+    return f"{shown_url(config.store.url)}, which is {setting}{by_default}"
 
 
 def settings_file(file: str | None) -> str | None:

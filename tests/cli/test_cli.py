@@ -610,7 +610,7 @@ def test_the_doctor_says_for_people_what_it_says_for_programs(meter: Meter, run:
         ('quota = 0\nwindow = "1m"', "ok", "quota 0: every call is denied, for good"),
         ('quota = 1\nwindow = "1ms"', "ok", "1 requests pass, one more is denied for up to 1 ms"),
         ('quota = 9\nwindow = "1m"\noversize = "reject"', "ok", "9 requests pass"),
-        ('quota = 9\nperiod = "hour"\ntz = "Asia/Kathmandu"\non_expiry = "free"', "ok", "9 requests pass"),
+        ('quota = 9\nperiod = "hour"\ntz = "Asia/Kathmandu"\non_expiry = "free"', "ok", "is denied until the hour ends"),
         ("quota = 9007199254740991\nopen = true", "ok", "one more is denied until a call ends"),
         ('quota = 9\nwindow = "1m"\nmatch = { model = "*sonnet*[1m]" }\nper = ["key"]', "ok", "9 requests pass"),
         ('quota = 9\nwindow = "1m"\nmatch = { model = ["sk-*", "gpt-?"] }', "ok", "9 requests pass"),
@@ -726,10 +726,14 @@ def test_what_a_managed_server_does_not_tell_is_not_visible(valkey: Server, run:
         file.write_text(f'preset = "buildkite-anthropic"\n[store]\nurl = "{url}"\nprefix = "managed"\n')
         ran = run("doctor", "--json", config=file)
         client.execute_command("ACL", "SETUSER", "guest", ">other", "<pw")
-        refused = run("doctor", "--json", config=file)
+        refused, looked = run("doctor", "--json", config=file), run("limits", "acme", config=file)
         client.execute_command("ACL", "DELUSER", "guest")
         left = client.keys("managed*")
 
+    assert 1 == looked.code
+    assert "refused our credentials" in looked.err
+    assert f"[store] url of {file}" in looked.err
+    assert "pw@" not in looked.err
     assert 0 == ran.code
     assert ["server", "eviction", "memory", "durability"] == list(findings(ran, "warning"))
     assert all("not visible" in text for text in findings(ran, "warning").values())
