@@ -48,5 +48,5 @@ def _seconds(text: str) -> float:
     except ValueError:
         seconds = 0.0
     if not 0 < seconds <= 3600:
-        raise argparse.ArgumentTypeError(f"{text!r:.40} is not within 0 and 3600 seconds")
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is no number of seconds above 0 and at most 3600")
     return seconds
