@@ -127,13 +127,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         except (PolicyError, msgspec.ValidationError) as error:
             raise _placed(error, file) from None
         folder = file.absolute().parent
-        store, limits = _from_folder(config.store, folder), [_as_in_code(own) for own in config.limit]
+        store = _from_folder(config.store, folder)
         key_file = config.gateway.key_file and os.path.normpath(folder / Path(config.gateway.key_file).expanduser())
         gateway = msgspec.structs.replace(config.gateway, key_file=key_file)
         book = config.billing.book and os.path.normpath(folder / Path(config.billing.book).expanduser())
         archive = os.path.normpath(folder / Path(config.billing.archive).expanduser())
         billing = msgspec.structs.replace(config.billing, book=book, archive=archive)
-        return msgspec.structs.replace(config, store=store, limit=limits, gateway=gateway, billing=billing)
+        return msgspec.structs.replace(config, store=store, gateway=gateway, billing=billing)
 
     @classmethod
     def find(cls, path: str | os.PathLike[str] | None = None) -> Config:
@@ -307,12 +307,6 @@ def _check_store(store: StoreSettings) -> None:
         check_url(store.url)
     except InvalidInput as error:
         raise PolicyError("store.url", str(error).removeprefix("url: ")) from None
-
-
-def _as_in_code(limit: Limit) -> Limit:
-    """The limit with tuples in place of TOML's lists, so that it equals the same one made in code."""
-    match = {name: told if isinstance(told, str) else tuple(told) for name, told in limit.match.items()}
-    return msgspec.structs.replace(limit, per=tuple(limit.per), match=match)
 
 
 def _from_folder(store: StoreSettings, folder: Path) -> StoreSettings:

@@ -114,15 +114,24 @@ class _Meter:
         self._context.policy = policy
 
     def quotas_of(self, tenant: str, attributes: Mapping[str, str] | None = None) -> dict[str, int]:
-        """The smallest quota of each unit among the limits that such a call touches; asks no store."""
+        """The smallest quota of each unit among the limits that such a call touches; asks no store.
+
+        Raises:
+            InvalidInput: a call could not be of this tenant, or have these attributes.
+        """
         quotas: dict[str, int] = {}
-        for bound in self._context.compiled.limits_of(tenant, _given(attributes, {})):
+        check_tenant(tenant)
+        for bound in self._context.compiled.limits_of(tenant, check_attributes(_given(attributes, {}))):
             quotas[bound.unit] = min(bound.quota, quotas.get(bound.unit, bound.quota))
         return quotas
 
     def funding_of(self, tenant: str) -> Funding:
-        """Who pays the provider for a tenant's calls, as the policy says; asks no store."""
-        return self._context.compiled.funding_of(tenant)
+        """Who pays the provider for a tenant's calls, as the policy says; asks no store.
+
+        Raises:
+            InvalidInput: there can be no such tenant.
+        """
+        return self._context.compiled.funding_of(check_tenant(tenant))
 
     @property
     def shards(self) -> int:

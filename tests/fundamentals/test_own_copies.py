@@ -9,7 +9,7 @@ from types import MappingProxyType
 import pytest
 from fakeredis import FakeAsyncRedis, FakeServer
 
-from meterlib import AsyncMeter, Limit, Meter, Policy, StoreOptions, Usage
+from meterlib import AsyncMeter, Limit, Meter, Policy, StoreOptions, Tenant, Usage
 from meterlib.store.journal import Journal
 from meterlib.testing import Clock, MemoryMeter
 
@@ -132,3 +132,19 @@ def test_any_mapping_will_do(kind: type) -> None:
 
     assert ({"model": "haiku"}, {"request_id": "req_1"}) == (entry.attributes, entry.facts)
     assert {"model": "haiku"} == meter.record("acme", attributes, Usage()).attributes
+
+
+def test_a_policy_stays_as_it_was_checked() -> None:
+    """Operator: limits may be made of lists and dicts that go on being used, and checked ones cannot become wrong."""
+    per, models, quotas = ["key"], ["claude-*"], {"requests": 5}
+    match = {"model": models}
+    limit = Limit(name="requests", quota=1, window="1m", per=per, match=match)
+    policy = Policy(limits=[limit], tenants=[Tenant(name="acme", quotas=quotas)])
+    per.append("no name")
+    models.clear()
+    match["tenant"] = [""]
+    quotas["requests"] = -1
+
+    assert (("key",), {"model": ("claude-*",)}) == (policy.limits[0].per, policy.limits[0].match)
+    assert {"requests": 5} == policy.tenants[0].quotas
+    assert {"requests": 5} == MemoryMeter(policy).quotas_of("acme", {"model": "claude-opus-4"})
