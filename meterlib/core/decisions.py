@@ -20,7 +20,7 @@ class LimitState(msgspec.Struct, frozen=True, kw_only=True):
         unit: what it counts.
         quota: how much may count at any time.
         used: how much counts now, open holds included; above the quota there is debt.
-        held: the part of `used` that open reservations hold.
+        held: the part of `used` that reservations hold, until they are settled, cancelled, or swept after their lease.
         remaining: what is left, 0 in debt.
         frees_at_ms: when some of it is given back (ms since 1970 UTC); None when nothing is used.
         resets_at_ms: when all of it is, if nobody uses more; None when nothing is used.

@@ -394,7 +394,10 @@ def settle(context: Context, settlement: Settlement) -> Flow[LedgerEntry]:
             raise StoreUnavailable("settle", "its clock runs away")
     if _status(reply) == "conflict":
         stored = _text(reply[3]) or "an entry that is no longer in the ledger"
-        message = f"reservation {reservation_id!r} was {_text(reply[2])} with another usage"
+        kind = _text(reply[2])
+        message = f"reservation {reservation_id!r} was {kind} with another usage"
+        if kind in ("recorded", "adjusted"):
+            message = f"{reservation_id!r} is the id of usage that was {kind}, not of a reservation; nothing was written"
         raise ReservationConflict(message, reservation_id, stored, blob.decode())
     return _booked(shard, settlement, outcome, reply)
 

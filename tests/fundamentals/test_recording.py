@@ -43,6 +43,15 @@ def test_recording_again_under_an_id_books_once(meter: Meter, states: States, en
     assert (1_200, 1) == (states()["output"].used, len(entries()))
 
 
+def test_recorded_usage_is_no_reservation_to_be_settled(meter: Meter, entries: Entries) -> None:
+    """Settling its id is refused for what it is, also with the very same usage."""
+    meter.record("acme", {}, USED, record_id="import-1")
+    with pytest.raises(ReservationConflict, match="'import-1' is the id of usage that was recorded, not of a reserv"):
+        meter.settle("acme", "import-1", USED)
+
+    assert 1 == len(entries())
+
+
 def test_a_correction_is_an_entry_of_its_own(meter: Meter, states: States, entries: Entries) -> None:
     """The entry stays as it is; the difference, the reason and who says so stand beside it. Limits are not touched."""
     wrong = meter.record("acme", {"model": "large"}, USED)
