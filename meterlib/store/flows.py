@@ -397,7 +397,7 @@ def settle(context: Context, settlement: Settlement) -> Flow[LedgerEntry]:
         kind = _text(reply[2])
         message = f"reservation {reservation_id!r} was {kind} with another usage"
         if kind in ("recorded", "adjusted"):
-            message = f"{reservation_id!r} is the id of usage that was {kind}, not of a reservation; nothing was written"
+            message = f"{reservation_id!r} is the id of {kind} usage, and not of a reservation; nothing was written"
         raise ReservationConflict(message, reservation_id, stored, blob.decode())
     return _booked(shard, settlement, outcome, reply)
 

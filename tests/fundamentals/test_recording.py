@@ -46,7 +46,7 @@ def test_recording_again_under_an_id_books_once(meter: Meter, states: States, en
 def test_recorded_usage_is_no_reservation_to_be_settled(meter: Meter, entries: Entries) -> None:
     """Settling its id is refused for what it is, also with the very same usage."""
     meter.record("acme", {}, USED, record_id="import-1")
-    with pytest.raises(ReservationConflict, match="'import-1' is the id of usage that was recorded, not of a reserv"):
+    with pytest.raises(ReservationConflict, match="'import-1' is the id of recorded usage, and not of a reservation"):
         meter.settle("acme", "import-1", USED)
 
     assert 1 == len(entries())
