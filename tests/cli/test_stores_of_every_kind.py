@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from meterlib import Usage
+from meterlib import StoreUnavailable, Usage
 from meterlib.config import Config
 from meterlib.store.connect import shown_url
 from tests.support.commands import Run, runner
@@ -71,6 +71,24 @@ def test_every_command_reads_a_cluster(cluster: Server, run: Run, tmp_path: Path
 
     assert (0, "") == (ran.code, ran.err)
     assert ran.out
+
+
+# ── A replica ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_replica_in_the_place_of_its_primary_is_told(run: Run, tmp_path: Path) -> None:
+    """Operator: the calls of a meter say that it cannot be written to, and the doctor says what to do."""
+    with start_server(tmp_path / "primary") as primary, start_server(tmp_path / "replica") as replica:
+        with replica.client() as client:
+            client.execute_command("REPLICAOF", "127.0.0.1", primary.port)
+        config = settings(tmp_path, replica.url, "timeout_ms = 100\ndeadline_ms = 150\nsweep_interval_ms = 0\n")
+        with config.connect() as meter, pytest.raises(StoreUnavailable, match="write against a read only replica"):
+            meter.reserve("acme", {"provider": "anthropic"})
+
+        ran = run("doctor", "--json")
+
+    assert 1 == ran.code
+    assert "this is a replica: nothing can be written to it" == ran.findings["role"]["found"]
 
 
 def test_a_cluster_that_is_gone_is_a_finding(run: Run, tmp_path: Path) -> None:
