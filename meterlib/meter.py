@@ -372,7 +372,8 @@ class Meter(_Meter):
             lease_ms: how long it may stay unsettled before it expires; `renew` prolongs it.
             funding: who pays the provider; by default as the policy says of the tenant.
             max_wait_ms: how long to wait rather than be denied. Those of this process that wait for the same limits are
-                served in the order in which they came; a denial that cannot pass in time is raised at once.
+                served in the order in which they came; a denial that cannot pass in time is raised at once. A call that
+                is not to wait asks the store whoever waits, so where all are to take turns, all have to wait.
 
         Raises:
             QuotaExceeded: at least one limit denied; no counter was changed.
