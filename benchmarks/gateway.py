@@ -226,7 +226,9 @@ async def _measure(arguments: argparse.Namespace, store: str) -> dict[str, Any]:
     core = cores[0] if len(cores) > 1 else None
     if core is not None:
         os.sched_setaffinity(0, set(cores[1:]))
-    async with Provider() as provider:
+    # What starts an embedded server decides which cores it has: it is to be here, not in the first gateway.
+    async with AsyncMeter.connect(store, Policy()) as meter, Provider() as provider:
+        await meter.head(0)
         proxies = {c.name: Proxy(c, provider.url, store, core) if c.kind else None for c in CONTENDERS}
         slices: dict[str, list[Slice]] = {contender.name: [] for contender in CONTENDERS}
         try:
