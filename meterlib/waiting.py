@@ -33,8 +33,8 @@ def _now_ms(clock: Clock | None) -> float:
     return clock.now_ms if clock else time.monotonic() * 1000
 
 
-def _worth_waiting_ms(denied: QuotaExceeded, asked_ms: float, until_ms: float) -> float:
-    """How long to wait before asking again; raises the denial if that is too long, or in vain.
+def _worth_waiting_ms(denied: QuotaExceeded, asked_ms: float, until_ms: float) -> float | None:
+    """How long to wait before asking again; None if that is too long, or in vain.
 
     Nobody knows when a slot of a concurrency limit frees: its hint says how often to ask, and not when it passes.
     """
@@ -42,7 +42,7 @@ def _worth_waiting_ms(denied: QuotaExceeded, asked_ms: float, until_ms: float) -
     if denied.hint and denied.retry_after_ms is not None and left_ms > 0:
         return min(denied.retry_after_ms, left_ms)
     if denied.retry_after_ms is None or denied.retry_after_ms > left_ms:
-        raise denied
+        return None
     return denied.retry_after_ms
 
 
@@ -159,6 +159,8 @@ class AsyncQueues:
                 except QuotaExceeded as denied:
                     self._lines.denied(me, [one.name for one in denied.denials])
                     wait_ms = _worth_waiting_ms(denied, asked_ms, until_ms)
+                    if wait_ms is None:
+                        raise
                 await self._sleep(woken, _now_ms(self._clock) + wait_ms)
         finally:
             self._lines.wait_for(me, frozenset())
@@ -209,6 +211,8 @@ class SyncQueues:
                     with self._lock:
                         self._lines.denied(me, [one.name for one in denied.denials])
                     wait_ms = _worth_waiting_ms(denied, asked_ms, until_ms)
+                    if wait_ms is None:
+                        raise
                 self._sleep(woken, _now_ms(self._clock) + wait_ms)
         finally:
             with self._lock:

@@ -255,9 +255,9 @@ class Gateway:
             return
         facts = {"status": str(refusal.status), "end": "invalid", "request_id": exchange.request_id}
         attributes = attributes_of(exchange, caller, None, self.settings)
-        counting = self._background.spawn(self._count(caller, attributes, facts))
         try:
-            await asyncio.shield(counting)  # interrupted half-way it would leave a hold
+            # Interrupted half-way it would leave a hold.
+            await asyncio.shield(self._background.spawn(self._count(caller, attributes, facts)))
         except QuotaExceeded as error:
             raise self._admission.denied(error, attributes) from None
         except StoreError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from io import BytesIO
+from traceback import clear_frames
 from typing import Any, Self
 
 import aiohttp
@@ -83,14 +84,31 @@ class Answer:
         self._response.close()
 
 
-_sending: ContextVar[Callable[[], None]] = ContextVar("sending")
+def _nobody() -> None:
+    """There is nobody to tell."""
+
+
+class _Sending:
+    """Whom to tell that a request is being sent.
+
+    Timers and connections that are made meanwhile keep the context for minutes; with it they keep this, but not the
+    caller and its prompt, which are taken out of it.
+    """
+
+    __slots__ = ("tell",)
+
+    def __init__(self, tell: Callable[[], None]) -> None:
+        self.tell = tell
+
+
+_sending: ContextVar[_Sending] = ContextVar("sending")
 
 
 class _Request(aiohttp.ClientRequest):
     """Tells its caller when a connection is there, and its first byte is about to leave."""
 
     async def send(self, conn: Any) -> aiohttp.ClientResponse:
-        _sending.get()()
+        _sending.get().tell()
         return await super().send(conn)
 
 
@@ -113,7 +131,7 @@ class Upstream:
         query: str,
         headers: Sequence[tuple[str, str]],
         body: bytes | None,
-        sending: Callable[[], None] = lambda: None,
+        sending: Callable[[], None] = _nobody,
     ) -> Answer:
         """Send a request; returns as soon as the head of its answer is there.
 
@@ -131,13 +149,17 @@ class Upstream:
         """
         url = URL(f"{self._base}{path}{'?' if query else ''}{query}", encoded=True)
         session = self._session or self._open()
-        _sending.set(sending)
+        request = _Sending(sending)
+        _sending.set(request)
         try:
             response = await session.request(method, url, headers=headers, data=_in_pieces(body), allow_redirects=False)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            _let_go(error)
             raise NotSent(str(error) or type(error).__name__) from None
         except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
             raise NoAnswer(error) from None
+        finally:
+            request.tell = _nobody
         if response.status < 200:
             response.close()
             raise NoAnswer(ConnectionError("it wants to speak another protocol"))
@@ -176,3 +198,14 @@ class Upstream:
 def _in_pieces(body: bytes | None) -> BytesIO | bytes | None:
     """A large body is written piece by piece, so that other calls get their turn in between."""
     return BytesIO(body) if body is not None and len(body) > WHOLE_BYTES_MAX else body
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Clear the frames that a failure came through.
+
+    Some of aiohttp's know the failure, which knows all the frames above: they would keep each other, and the prompt,
+    until the collector comes.
+    """
+    while error:
+        clear_frames(error.__traceback__)
+        error = error.__context__

@@ -246,8 +246,11 @@ class AsyncBatching:
         alone = self._lanes.enter(call)
         if alone is None:
             caller: _Future = asyncio.get_running_loop().create_future()
-            self._start(self._lanes.add(call, caller))
-            return await caller
+            try:
+                self._start(self._lanes.add(call, caller))
+                return await caller
+            finally:
+                del caller  # a failure knows where it was raised: here, where it would keep itself and all above alive
         script, shard, operation, sweep_max = call
         try:
             reply = (await self._driver.call(Batch(script, shard, sweep_max, (operation,))))[0]
