@@ -201,7 +201,7 @@ def _in_pieces(body: bytes | None) -> BytesIO | bytes | None:
 
 
 def _let_go(error: BaseException | None) -> None:
-    """Clear the frames that a failure came through.
+    """Clear the frames that a failure came through; all but the running ones have ended by now.
 
     Some of aiohttp's know the failure, which knows all the frames above: they would keep each other, and the prompt,
     until the collector comes.
