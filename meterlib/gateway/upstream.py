@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from io import BytesIO
-from traceback import clear_frames
 from typing import Any, Self
 
 import aiohttp
 from yarl import URL
 
+from meterlib.core.frames import without_frames
 from meterlib.settings import GatewaySettings
 
 KEEPALIVE_S = 15
@@ -74,6 +74,7 @@ class Answer:
         try:
             chunk = await self._response.content.readany()
         except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
+            without_frames(error)
             raise NoAnswer(error) from None
         if not chunk:
             raise StopAsyncIteration
@@ -154,9 +155,10 @@ class Upstream:
         try:
             response = await session.request(method, url, headers=headers, data=_in_pieces(body), allow_redirects=False)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            _let_go(error)
+            without_frames(error)
             raise NotSent(str(error) or type(error).__name__) from None
         except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
+            without_frames(error)
             raise NoAnswer(error) from None
         finally:
             request.tell = _nobody
@@ -198,14 +200,3 @@ class Upstream:
 def _in_pieces(body: bytes | None) -> BytesIO | bytes | None:
     """A large body is written piece by piece, so that other calls get their turn in between."""
     return BytesIO(body) if body is not None and len(body) > WHOLE_BYTES_MAX else body
-
-
-def _let_go(error: BaseException | None) -> None:
-    """Clear the frames that a failure came through; all but the running ones have ended by now.
-
-    Some of aiohttp's know the failure, which knows all the frames above: they would keep each other, and the prompt,
-    until the collector comes.
-    """
-    while error:
-        clear_frames(error.__traceback__)
-        error = error.__context__

@@ -270,7 +270,7 @@ class SyncDriver:
         try:
             return self.call(batch, deadline_s)
         except MeterError as error:
-            return error
+            return error.with_traceback(None)  # it is raised anew, for each who waits
 
     def _retrying(self, name: str, *words: Value) -> Any:
         return self._trying(Attempts(name, self.options.deadline_ms), *words)
@@ -487,7 +487,7 @@ class AsyncDriver:
         try:
             return await self.call(batch, deadline_s)
         except MeterError as error:
-            return error
+            return error.with_traceback(None)  # it is raised anew, for each who waits
 
     async def _retrying(self, name: str, *words: Value) -> Any:
         return await self._trying(Attempts(name, self.options.deadline_ms), *words)

@@ -11,6 +11,7 @@ from socket import gaierror
 from redis import exceptions
 from redis.sentinel import MasterNotFoundError
 
+from meterlib.core.frames import without_frames
 from meterlib.errors import MeterError, StoreCorrupt, StoreError, StoreRefused, StoreUnavailable
 
 _PASSING = ("TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN", "LOADING", "BUSY ", "READONLY", "UNBLOCKED")
@@ -45,6 +46,7 @@ class Attempts:
 
     def pause_s(self, error: Exception) -> float:
         """How long to wait before the next try; raises what the caller gets if there is to be none."""
+        without_frames(error)
         final = verdict(self._operation, error)
         if final is not None:
             raise final from error
