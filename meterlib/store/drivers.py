@@ -290,7 +290,7 @@ class SyncDriver:
             return
         self._ready = True
         if self._calls.real_time:
-            with suppress(*FAILURES, TypeError):  # managed servers may forbid it, and stand-ins not know it
+            with suppress(*FAILURES):  # managed servers may forbid it, and stand-ins not know it
                 forgetful.tell(self.client.execute_command("INFO"))
 
     def _check_layout(self, attempts: Attempts, *, reads: bool) -> None:
@@ -509,7 +509,7 @@ class AsyncDriver:
             return
         self._ready = True
         if self._calls.real_time:
-            with suppress(*FAILURES, TypeError):  # managed servers may forbid it, and stand-ins not know it
+            with suppress(*FAILURES):  # managed servers may forbid it, and stand-ins not know it
                 forgetful.tell(await self.client.execute_command("INFO"))
 
     async def _meet_nodes(self, client: AsyncRedisCluster, attempts: Attempts) -> None:

@@ -25,8 +25,12 @@ _REFUSALS = {
 }
 SERVERS = "Redis 7.0 or newer, or Valkey,"
 _CLUSTER = "it is a node of a cluster: write redis+cluster:// in place of redis://, or give a RedisCluster client"
-FAILURES = (exceptions.RedisError, exceptions.RedisClusterException, OSError, AttributeError)
-"""What redis-py raises, and what it stumbles over when its cluster client hangs up on calls that are on their way."""
+_GONE = (AttributeError, TypeError, RuntimeError)
+"""What redis-py stumbles over on a connection that is gone: its own one that it has hung up, the streams of Python 3.12
+and 3.13, and those of uvloop."""
+
+FAILURES = (exceptions.RedisError, exceptions.RedisClusterException, OSError, *_GONE)
+"""Why a command may have no answer."""
 
 FIRST_WAIT_S = 0.005
 LONGEST_WAIT_S = 0.25

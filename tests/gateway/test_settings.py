@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,7 +39,7 @@ def refused(tmp_path: Path, text: str) -> PolicyError:
 @pytest.mark.parametrize("kind", [GatewaySettings, TenantSettings, TokenSettings])
 def test_every_setting_is_documented(kind: type[msgspec.Struct]) -> None:
     """In the order in which they stand, and none that is not there."""
-    documented = re.findall(r"^        ([a-z_]+): ", kind.__doc__ or "", re.MULTILINE)
+    documented = re.findall(r"^    ([a-z_]+): ", inspect.getdoc(kind) or "", re.MULTILINE)
     own = [each.name for each in msgspec.structs.fields(kind) if each.name in kind.__annotations__]
 
     assert own == documented

@@ -97,6 +97,38 @@ def test_every_verb_works_on_several_nodes_awaited(emptied: Cluster, by: str) ->
     assert KINDS == [(entry.reservation_id, entry.kind) for entry in entries]
 
 
+# ── Connections that are gone ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("by", ["url", "client"])
+@pytest.mark.parametrize("hang_up", ["close", "abort"])
+def test_connections_that_are_gone_are_made_anew(emptied: Cluster, by: str, loop: str, hang_up: str) -> None:
+    """The cluster's client writes to them all the same, to which each loop and each Python says something else."""
+    use = pytest.importorskip("uvloop").run if loop == "uvloop" else asyncio.run
+
+    async def main() -> None:
+        port = emptied.nodes[1].port
+        async with redis.asyncio.RedisCluster(host="127.0.0.1", port=port) as client:
+            meter = AsyncMeter(client, PRESET) if by == "client" else AsyncMeter.connect(emptied.url, PRESET)
+            async with meter:
+                for at in range(5):
+                    held = await meter.reserve("acme", CALL)
+                    for connection in connections_of(meter):
+                        getattr(connection._writer.transport, hang_up)()
+                    await asyncio.sleep(0.01 * at)
+                    await held.settle(USED)
+
+                assert 5 == sum([(await meter.head(shard)).last_number for shard in range(meter.shards)])
+
+    use(main())
+
+
+def connections_of(meter: AsyncMeter) -> list[Any]:
+    nodes = meter._driver.client.nodes_manager.nodes_cache.values()
+    return [one for node in nodes for one in node._connections if one._writer]
+
+
 # ── Batches ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 MANY = [f"customer-{at}" for at in range(300)]
