@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -173,6 +174,30 @@ def test_a_connection_that_the_server_closed_meanwhile_is_replaced(face: str, em
             client.client_kill_filter(_type="normal", skipme=True)
 
     assert 11 == used_at_last(face, emptied.url, hang_up)
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("hang_up", ["close", "abort"])
+def test_calls_that_meet_a_connection_that_is_just_gone_are_made_by_another(
+    emptied: Server, loop: str, hang_up: str
+) -> None:
+    """Between its end and the moment at which anybody is told; loops differ in what they say of writing to it."""
+    use = pytest.importorskip("uvloop").run if loop == "uvloop" else asyncio.run
+    unheard: list[Any] = []
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: unheard.append(context))
+        async with AsyncMeter.connect(emptied.url, POLICY, options=OPTIONS, sweep_interval_ms=0) as meter:
+            held = [await meter.reserve("acme", usage=Usage(input_tokens=5)) for _ in range(8)]
+            for at in range(4):
+                getattr(meter._driver._wire._line._transport, hang_up)()
+                await asyncio.gather(held[at].settle(Usage(input_tokens=3)), held[4 + at].settle(Usage(input_tokens=3)))
+
+            assert 24 == used(await meter.peek("acme"))
+
+    use(main())
+    gc.collect()
+    assert [] == unheard
 
 
 def test_a_forked_process_asks_by_connections_of_its_own(emptied: Server) -> None:
